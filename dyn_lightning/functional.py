@@ -1,0 +1,302 @@
+"""Functions that the layers share: the per-sample convolution, its equal-valued methods, and nn.Conv2d's bookkeeping.
+
+Axis letters: b sample, k kernel, g group, o output channel, i input channel of a group, h w kernel rows and columns,
+y x output rows and columns, p position (y and x as one axis).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[int, int]
+
+
+def dynamic_conv2d(
+    input: Tensor,
+    routing: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    *,
+    method: str = "auto",
+) -> Tensor:
+    """Convolve each sample with a kernel of its own, a mixture of K kernels: ``(sum_k routing_k weight_k) * x``.
+
+    Defined in CondConv (arXiv 1904.04971) and Dynamic Convolution (arXiv 1912.03458).
+
+    Args:
+        input: ``(B, C_in, H, W)``. B = 0 gives an empty result; channels_last stays channels_last.
+        routing: ``(B, K)`` routing weights, one row a sample. They need not sum to one.
+        weight: ``(K, C_out, C_in / groups, kH, kW)``, the K kernels.
+        bias: ``(K, C_out)``, mixed by the same routing weights, or None.
+        stride: as in ``torch.nn.functional.conv2d``.
+        padding: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included.
+        dilation: as in ``torch.nn.functional.conv2d``.
+        groups: as in ``torch.nn.functional.conv2d``.
+        method: ``"grouped"`` mixes the kernels and puts the batch into the groups of one convolution, ``"matmul"``
+            mixes the kernels and multiplies them with the (unfolded) input, ``"mixture"`` convolves with all K kernels
+            and mixes the outputs, ``"auto"`` chooses one by shape. All give the same value and the same gradients.
+
+    Returns:
+        ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
+
+    Raises:
+        ValueError: a shape disagrees with another, or the method does not exist.
+
+    Example:
+        >>> x, routing, weight = torch.randn(2, 4, 7, 6), torch.rand(2, 3), torch.randn(3, 6, 4, 3, 3)
+        >>> dynamic_conv2d(x, routing, weight, padding=1).shape
+        torch.Size([2, 6, 7, 6])
+    """
+    _check_shapes(input, routing, weight, bias, groups)
+    kernel_size, stride, dilation = (weight.shape[3], weight.shape[4]), as_pair(stride), as_pair(dilation)
+    input, padding = _explicit_padding(input, padding, kernel_size, stride, dilation)
+    if method == "auto":
+        method = choose_method(input, weight, stride, padding, dilation, groups)
+    elif method not in METHODS:
+        raise ValueError(f"method={method!r} does not exist, choose one of {['auto', *METHODS]}")
+    output = METHODS[method](input, routing.to(weight.dtype), weight, bias, stride, padding, dilation, groups)
+    return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
+
+
+def choose_method(
+    input: Tensor,
+    weight: Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> str:
+    """Name the method that ``method="auto"`` takes, from shapes alone, so that every DDP rank takes the same.
+
+    Args:
+        input: ``(B, C_in, H, W)``.
+        weight: ``(K, C_out, C_in / groups, kH, kW)``.
+        stride: (rows, columns), like the next two.
+        padding: in numbers.
+        dilation: distance of the kernel's elements.
+        groups: groups of the convolution.
+
+    Returns:
+        ``"mixture"`` for an empty batch (a convolution cannot have 0 groups) and where the output has so few positions
+        that K convolutions cost less than writing and reading B mixed kernels; else ``"matmul"`` for 1x1 kernels, else
+        ``"grouped"``. The limits of 4 and 196 positions are where the times crossed on a two-core CPU with K = 4 and
+        batch 32. One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
+    """
+    batch, kernel_size = input.shape[0], (weight.shape[3], weight.shape[4])
+    pointwise, depthwise = kernel_size == (1, 1), weight.shape[2] == 1 < groups
+    positions = math.prod(output_size((input.shape[2], input.shape[3]), kernel_size, stride, padding, dilation))
+    if batch == 0 or (batch > 1 and not depthwise and positions <= (4 if pointwise else 196)):
+        return "mixture"
+    return "matmul" if pointwise and groups == 1 else "grouped"
+
+
+def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
+    """Mix K kernels by each sample's routing weights: ``(B, K)`` and ``(K, ...)`` give ``(B, ...)``."""
+    return (routing @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
+
+def _grouped(
+    input: Tensor,
+    routing: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    batch = input.shape[0]
+    if batch == 0:
+        return _mixture(input, routing, weight, bias, stride, padding, dilation, groups)
+    kernels = mix_kernels(routing, weight).flatten(0, 1)
+    biases = None if bias is None else mix_kernels(routing, bias).flatten()
+    folded = input.reshape(1, -1, *input.shape[2:])
+    return F.conv2d(folded, kernels, biases, stride, padding, dilation, batch * groups)[0].unflatten(0, (batch, -1))
+
+
+def _matmul(
+    input: Tensor,
+    routing: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    batch, kernel_size = input.shape[0], (weight.shape[3], weight.shape[4])
+    if batch == 0:
+        return _mixture(input, routing, weight, bias, stride, padding, dilation, groups)
+    size = output_size((input.shape[2], input.shape[3]), kernel_size, stride, padding, dilation)
+    if kernel_size == (1, 1):
+        patches = F.pad(input, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else input
+        patches = patches[:, :, :: stride[0], :: stride[1]].reshape(batch, groups, -1, math.prod(size))
+    else:
+        patches = F.unfold(input, kernel_size, dilation, padding, stride).unflatten(1, (groups, -1))
+    kernels = mix_kernels(routing, weight).reshape(batch, groups, weight.shape[1] // groups, -1)
+    output = (kernels @ patches).reshape(batch, weight.shape[1], *size)
+    return output if bias is None else output + mix_kernels(routing, bias)[:, :, None, None]
+
+
+def _mixture(
+    input: Tensor,
+    routing: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    # F.conv2d wants a group's output channels side by side: (k, g o) -> (g, k, o).
+    kernels = weight.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+    outputs = F.conv2d(input, kernels, None, stride, padding, dilation, groups)
+    outputs = outputs.unflatten(1, (groups, weight.shape[0], -1))
+    output = torch.einsum("bk,bgkoyx->bgoyx", routing.to(outputs.dtype), outputs).flatten(1, 2)
+    return output if bias is None else output + mix_kernels(routing, bias)[:, :, None, None]
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {"grouped": _grouped, "matmul": _matmul, "mixture": _mixture}
+
+
+def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Give the rows and columns of a convolution's output, as ``nn.Conv2d`` has them.
+
+    Example:
+        >>> output_size((15, 7), (3, 3), (2, 2), (1, 1), (1, 1))
+        (8, 4)
+    """
+    rows, columns = (
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return rows, columns
+
+
+def as_pair(value: int | Pair | list[int]) -> Pair:
+    """Bring one number, or two as a tuple or list, to (rows, columns).
+
+    Raises:
+        ValueError: neither one nor two whole numbers.
+    """
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{value!r} must be a whole number or two of them, (rows, columns)")
+    return values
+
+
+def as_padding(value: int | Pair | list[int] | str) -> Pair | str:
+    """Bring padding to (rows, columns), or keep ``"same"`` and ``"valid"``.
+
+    Raises:
+        ValueError: another string.
+    """
+    if not isinstance(value, str):
+        return as_pair(value)
+    if value not in ("same", "valid"):
+        raise ValueError(f"padding={value!r} must be 'same', 'valid', a whole number or two of them")
+    return value
+
+
+def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    """Check what ``nn.Conv2d`` checks.
+
+    Raises:
+        ValueError: the groups do not divide both channel counts, or a count is below 1.
+    """
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+        check_at_least_one(name, value)
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
+
+
+def check_at_least_one(name: str, value: float) -> None:
+    """Check a count.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:
+    """Initialise K kernels ``(K, C_out, C_in / groups, kH, kW)`` each as ``nn.Conv2d`` does, and their biases with 0.
+
+    Each kernel is drawn by itself: the fan of the 5-D tensor would make every kernel sqrt(C_out) times too small.
+    """
+    for kernel in weight:
+        nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+def conv2d_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """Read from a convolution the arguments that build another of the same shape.
+
+    Raises:
+        ValueError: a padding mode other than zeros.
+    """
+    if conv.padding_mode != "zeros":
+        raise ValueError(
+            f"padding_mode={conv.padding_mode!r} is not supported, only 'zeros' is: leave this layer static"
+        )
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+
+
+def conv2d_repr(layer: Any) -> str:
+    """Describe a layer as ``nn.Conv2d`` describes itself, for ``extra_repr``."""
+    text = f"{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel_size}, stride={layer.stride}"
+    for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+        if getattr(layer, name) != default:
+            text += f", {name}={getattr(layer, name)}"
+    return text if layer.bias is not None else text + ", bias=False"
+
+
+def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"input of shape {tuple(input.shape)} must be (B, C_in, H, W); x[None] adds a batch axis")
+    if weight.dim() != 5:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} must be (K, C_out, C_in / groups, kH, kW)")
+    kernels, out_channels, group_channels = weight.shape[:3]
+    if routing.shape != (input.shape[0], kernels):
+        raise ValueError(
+            f"routing of shape {tuple(routing.shape)} must be (B, K) = ({input.shape[0]}, {kernels}): B as in input of "
+            f"shape {tuple(input.shape)}, K as in weight of shape {tuple(weight.shape)}"
+        )
+    if input.shape[1] != group_channels * groups or out_channels % groups:
+        raise ValueError(
+            f"input of {input.shape[1]} channels and groups={groups} must agree with weight of shape "
+            f"{tuple(weight.shape)}: C_in = {group_channels} * groups, and groups must divide C_out = {out_channels}"
+        )
+    if bias is not None and bias.shape != (kernels, out_channels):
+        raise ValueError(f"bias of shape {tuple(bias.shape)} must be (K, C_out) = ({kernels}, {out_channels})")
+
+
+def _explicit_padding(
+    input: Tensor, padding: int | Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
+) -> tuple[Tensor, Pair]:
+    """Turn 'same' and 'valid' into numbers; what 'same' has more on one side is padded here."""
+    padding = as_padding(padding)
+    if not isinstance(padding, str):
+        return input, padding
+    if padding == "valid":
+        return input, (0, 0)
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride=1, not stride={stride}; give the padding as numbers")
+    rows, columns = (dilation[i] * (kernel_size[i] - 1) for i in (0, 1))
+    if rows % 2 or columns % 2:
+        input = F.pad(input, (0, columns % 2, 0, rows % 2))
+    return input, (rows // 2, columns // 2)
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()

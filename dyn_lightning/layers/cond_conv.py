@@ -1,0 +1,112 @@
+"""CondConv: Conditionally Parameterized Convolutions for Efficient Inference (Yang et al., NeurIPS 2019),
+arXiv 1904.04971.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dyn_lightning.functional import (
+    Pair,
+    as_padding,
+    as_pair,
+    check_channels,
+    conv2d_arguments,
+    conv2d_repr,
+    dynamic_conv2d,
+    init_kernels_,
+)
+from dyn_lightning.routing import SigmoidRouter
+
+
+class CondConv2d(nn.Module):
+    """Convolve each sample with ``alpha_1 W_1 + ... + alpha_n W_n``, ``alpha = sigmoid(GAP(x) R)``.
+
+    The routing weights are independent of each other and do not sum to one; the bias is mixed like the kernels.
+
+    Args:
+        in_channels: as in ``nn.Conv2d``, like all arguments before the star.
+        out_channels: channels of the output.
+        kernel_size: rows and columns of the kernels.
+        stride: step of the kernels.
+        padding: zeros around the input, or ``"same"`` or ``"valid"``.
+        dilation: distance of a kernel's elements.
+        groups: groups of channels.
+        bias: whether each expert has a bias.
+        num_experts: n, the kernels that are mixed (8 in most of the paper's tables).
+
+    Shape:
+        ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``. ``weight`` is
+        ``(n, C_out, C_in / groups, kH, kW)``, ``bias`` is ``(n, C_out)``.
+
+    Raises:
+        ValueError: groups that do not divide the channels, a count below 1, an unknown padding.
+
+    Example:
+        >>> CondConv2d(4, 6, 3, padding=1)(torch.randn(2, 4, 7, 6)).shape
+        torch.Size([2, 6, 7, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        num_experts: int = 8,
+    ) -> None:
+        super().__init__()
+        check_channels(in_channels, out_channels, groups)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = as_pair(kernel_size)
+        self.stride = as_pair(stride)
+        self.padding = as_padding(padding)
+        self.dilation = as_pair(dilation)
+        self.groups = groups
+        self.router = SigmoidRouter(in_channels, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
+        init_kernels_(self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``(B, C_in, H, W)``."""
+        return dynamic_conv2d(
+            x, self.router(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def routers(self) -> dict[str, nn.Module]:
+        """Give the router."""
+        return {"router": self.router}
+
+    @classmethod
+    @torch.no_grad()
+    def from_conv(cls, conv: nn.Conv2d, *, num_experts: int = 8) -> "CondConv2d":
+        """Build the layer from a trained convolution, with the same output.
+
+        The router's matrix starts at 0, so the routing weights start as the same n numbers for every image; each expert
+        is the convolution's kernel divided by their sum. The numbers differ (the router's bias is random), so the
+        experts part from the first step on.
+
+        Args:
+            conv: the trained convolution.
+            num_experts: n.
+
+        Raises:
+            ValueError: a padding mode other than zeros.
+        """
+        layer = cls(**conv2d_arguments(conv), num_experts=num_experts).to(conv.weight)
+        layer.router.fc.weight.zero_()
+        mass = torch.sigmoid(layer.router.fc.bias).sum()
+        layer.weight.copy_(conv.weight / mass)
+        if layer.bias is not None and conv.bias is not None:
+            layer.bias.copy_(conv.bias / mass)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Describe the layer inside its name."""
+        return f"{conv2d_repr(self)}, num_experts={len(self.weight)}"
