@@ -77,9 +77,9 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of a network, in place.
 
-    Without ``include``, every ``nn.Conv2d`` is replaced but the first and the 1x1 projections of shortcuts, which the
-    papers of CondConv and Dynamic Convolution leave static; so are the convolutions of squeeze-and-excitation. A subclass
-    of ``nn.Conv2d`` (one that pads by itself, standardises its weight, ...) and a padding mode other than zeros are always
+    Without ``include``, every ``nn.Conv2d`` is replaced but the first, the 1x1 projections of shortcuts and what is in a
+    squeeze-and-excitation: the papers of CondConv and Dynamic Convolution leave these static. A subclass of
+    ``nn.Conv2d`` (one that pads by itself, standardises its weight, ...) and a padding mode other than zeros are always
     left, since the new layer would not do the same.
 
     Args:
@@ -160,14 +160,14 @@ def _make(make: Callable[..., nn.Module], old: nn.Conv2d, name: str, options: di
 
 
 def _find(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """List the network's convolutions by every name they have, without those inside layers that were replaced before."""
-    done = tuple(layer for layer in CONVS.values() if layer is not nn.Conv2d)
+    """List the network's convolutions by every name, without those inside layers that were replaced before."""
+    done = (Routed, *(layer for layer in CONVS.values() if layer is not nn.Conv2d))
     found: dict[str, nn.Conv2d] = {}
     inside: str | None = None
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
             continue
-        inside = f"{name}." if name and (isinstance(module, done) or isinstance(module, Routed)) else None
+        inside = f"{name}." if name and isinstance(module, done) else None
         if isinstance(module, nn.Conv2d) and name:
             found[name] = module
     return found
