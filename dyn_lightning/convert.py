@@ -77,8 +77,8 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of a network, in place.
 
-    Without ``include``, every ``nn.Conv2d`` is replaced but the first, the 1x1 projections of shortcuts and what is in a
-    squeeze-and-excitation: the papers of CondConv and Dynamic Convolution leave these static. A subclass of
+    Without ``include``, every ``nn.Conv2d`` is replaced but the first, the 1x1 projections of shortcuts and what is in
+    a squeeze-and-excitation: the papers of CondConv and Dynamic Convolution leave these static. A subclass of
     ``nn.Conv2d`` (one that pads by itself, standardises its weight, ...) and a padding mode other than zeros are always
     left, since the new layer would not do the same.
 
@@ -161,7 +161,7 @@ def _make(make: Callable[..., nn.Module], old: nn.Conv2d, name: str, options: di
 
 def _find(model: nn.Module) -> dict[str, nn.Conv2d]:
     """List the network's convolutions by every name, without those inside layers that were replaced before."""
-    done = (Routed, *(layer for layer in CONVS.values() if layer is not nn.Conv2d))
+    done: Any = (Routed, *(layer for layer in CONVS.values() if layer is not nn.Conv2d))
     found: dict[str, nn.Conv2d] = {}
     inside: str | None = None
     for name, module in model.named_modules(remove_duplicate=False):

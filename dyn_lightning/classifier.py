@@ -1,0 +1,299 @@
+"""ImageClassifier: trains any backbone, with any of the layers, to classify images."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+from dyn_lightning.callbacks import TemperatureAnnealing
+from dyn_lightning.convert import ConversionReport, convert, resolve_conv
+from dyn_lightning.data.module import derive_seed
+from dyn_lightning.layers import CONVS
+from dyn_lightning.models.backbone import UnknownNameError, build_backbone, first_conv, import_object
+from dyn_lightning.protocols import Annealed
+from dyn_lightning.routing import named_routers
+
+
+class ImageClassifier(LightningModule):
+    """Any backbone, its convolutions replaced by a layer from a paper, trained with cross entropy.
+
+    Logs ``train/loss``, ``train/lr`` and, for ``val`` and ``test``, ``loss``, ``top1`` and ``top5`` (top-5 where there
+    are more than five classes), right under DDP. The random numbers of a step (dropout, mixup) depend on the seed, the
+    epoch, the batch and the rank alone, so a resumed run draws the same ones.
+
+    Args:
+        backbone: a name in ``MODELS``, of torchvision or timm, a dotted path, or a module that is already built.
+        backbone_args: the backbone's own options, as ``{width_mult: 0.5}``, ``{weights: DEFAULT}`` (torchvision),
+            ``{pretrained: true}`` (timm).
+        weights: file with the weights of the backbone before conversion: its state dict, or a checkpoint of a run with
+            ``conv: static``. Loaded strictly.
+        conv: a name in ``CONVS`` or the dotted path of a layer; ``static`` leaves the backbone as it is.
+        conv_args: the layer's own options, as ``{num_kernels: 4}``; not looked at with ``conv: static``.
+        include: which convolutions to replace, globs over module names; default is the papers' rule (see ``convert``).
+        exclude: which of those to leave.
+        upcycle: start from the backbone's weights, so that a trained network's output is kept.
+        num_classes: classes; ``fit`` takes the data's.
+        channels: of the images; ``fit`` takes the data's.
+        image_size: rows and columns; ``fit`` takes the data's. Where known, the backbone is tried at once.
+        optimizer: a class in ``torch.optim``, or a dotted path.
+        optimizer_args: its options beside ``lr`` and ``weight_decay``, as ``{momentum: 0.9}``.
+        lr: learning rate.
+        weight_decay: not applied to norms, biases, routers and gates.
+        scheduler: a class in ``torch.optim.lr_scheduler``, or a dotted path; default is a linear warm-up over
+            ``warmup_epochs`` and then half a cosine to 0, step by step.
+        scheduler_args: its options; given schedulers are stepped every epoch.
+        warmup_epochs: of the default schedule.
+        label_smoothing: of the cross entropy in training, from 0 to 1.
+        mixup: alpha of mixup (arXiv 1710.09412), 0 is off.
+        cutmix: alpha of CutMix (arXiv 1905.04899), 0 is off; with both on, each batch takes one at random.
+
+    Shape:
+        ``(B, channels, H, W)`` to ``(B, num_classes)``.
+
+    Raises:
+        ValueError: a name that does not exist, options that are refused, or a backbone that cannot take the images or
+            does not give ``num_classes`` numbers.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet18",
+        backbone_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        conv: str = "static",
+        conv_args: dict[str, Any] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        upcycle: bool = False,
+        num_classes: int | None = None,
+        channels: int = 3,
+        image_size: int | None = None,
+        optimizer: str = "SGD",
+        optimizer_args: dict[str, Any] | None = None,
+        lr: float = 0.1,
+        weight_decay: float = 1e-4,
+        scheduler: str | None = None,
+        scheduler_args: dict[str, Any] | None = None,
+        warmup_epochs: float = 0,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
+        if num_classes is None:
+            raise ValueError("num_classes is not given, and there are no data to take it from")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be from 0 to 1")
+        if isinstance(backbone, str):
+            backbone = build_backbone(backbone, num_classes, channels, **(backbone_args or {}))
+        if weights is not None:
+            load_weights(backbone, weights)
+        self.conversion: ConversionReport | None = None
+        if conv != "static":
+            layer = _resolve_conv(conv)
+            self.conversion = convert(
+                backbone, layer, include=include, exclude=exclude, upcycle=upcycle, **(conv_args or {})
+            )
+        self.backbone = backbone
+        if image_size is not None:
+            _try_backbone(backbone, (channels, image_size, image_size), num_classes)
+        self._make_scheduler(self._make_optimizer())  # refuses wrong names and options now, not when training starts
+        self.mix = _mixer(mixup, cutmix, num_classes)
+        self.val_metrics = _metrics(num_classes, "val/")
+        self.test_metrics = _metrics(num_classes, "test/")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give the logits."""
+        return self.backbone(images)
+
+    def on_fit_start(self) -> None:
+        """Warn when nothing anneals the temperature of layers that have one."""
+        annealed = any(isinstance(module, Annealed) for module in self.modules())
+        if annealed and not any(isinstance(callback, TemperatureAnnealing) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "The model's softmax temperature stays as it is: no TemperatureAnnealing is among the callbacks. The "
+                "paper anneals it from 30 to 1; add `trainer.callbacks: [{class_path: TemperatureAnnealing}]`, with "
+                "`init_args: {schedule: constant, start: T}` to hold it at T on purpose."
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the random numbers of this step."""
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        if seed is not None:
+            torch.manual_seed(derive_seed(int(seed), self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Give the loss of a batch."""
+        images, labels = batch if self.mix is None else self.mix(*batch)
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams["label_smoothing"])
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch, self.val_metrics, "val/loss")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch, self.test_metrics, "test/loss")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, loss: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        metrics.update(logits, labels)
+        self.log(loss, F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(images))
+        self.log_dict(metrics, prog_bar=True, batch_size=len(images))
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule."""
+        optimizer = self._make_optimizer()
+        scheduler = self._make_scheduler(optimizer)
+        if scheduler is None:
+            total = int(self.trainer.estimated_stepping_batches)
+            warmup = self.hparams["warmup_epochs"] / max(1, self.trainer.max_epochs or 1) * total
+            scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        monitor = {"monitor": "val/loss"} if isinstance(scheduler, ReduceLROnPlateau) else {}
+        return [optimizer], [{"scheduler": scheduler, "interval": "epoch", **monitor}]
+
+    def _make_optimizer(self) -> Optimizer:
+        hparams = self.hparams
+        make = _resolve("optimizer", hparams["optimizer"], torch.optim)
+        groups = parameter_groups(self.backbone, hparams["weight_decay"])
+        options = {"lr": hparams["lr"], "weight_decay": hparams["weight_decay"]} | (hparams["optimizer_args"] or {})
+        try:
+            return make(groups, **options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer={hparams['optimizer']!r} with {hparams['optimizer_args']}: {error}") from error
+
+    def _make_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        name, options = self.hparams["scheduler"], self.hparams["scheduler_args"] or {}
+        if name is None:
+            return None
+        try:
+            return _resolve("scheduler", name, torch.optim.lr_scheduler)(optimizer, **options)
+        except TypeError as error:
+            raise ValueError(f"scheduler={name!r} with {options}: {error}") from error
+
+
+def warmup_cosine(step: int, warmup: float, total: int) -> float:
+    """Give the learning rate's factor: linear to 1 over ``warmup`` steps, then half a cosine to 0 at step ``total``.
+
+    Example:
+        >>> [round(warmup_cosine(step, 2, 6), 3) for step in range(7)]
+        [0.333, 0.667, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup)))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that decay, and norms, biases, routers and gates, which do not.
+
+    Args:
+        model: any module; routers are found through the Routed protocol, norms and gates by having one axis at most.
+        weight_decay: of the first group.
+    """
+    routers = {id(parameter) for router in named_routers(model).values() for parameter in router.parameters()}
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or name.rpartition(".")[2] == "bias" or id(parameter) in routers
+            (rest if free else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def load_weights(backbone: nn.Module, path: str) -> None:
+    """Load a state dict, or the backbone in a checkpoint of ours, strictly.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or its weights are another network's.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"weights={path!r} is no file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        prefix = "backbone."
+        ours = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        backbone.load_state_dict(ours or state)
+    except Exception as error:
+        raise ValueError(f"weights={path!r}: {error}") from error
+
+
+def _try_backbone(backbone: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Run two empty images through the backbone, so that what does not fit is said before training."""
+    stem = first_conv(backbone)
+    if stem is not None and stem[1].in_channels != shape[0]:
+        raise ValueError(
+            f"the backbone's first convolution {stem[0]!r} takes {stem[1].in_channels} channels, but the images have "
+            f"{shape[0]}"
+        )
+    modes = {module: module.training for module in backbone.modules()}
+    try:
+        with torch.no_grad():
+            output = backbone.eval()(torch.zeros(2, *shape))
+    except RuntimeError as error:
+        raise ValueError(f"the backbone cannot take an image of shape {shape}: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(output, Tensor) or output.shape != (2, num_classes):
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the backbone gives {given} for 2 images; with {num_classes} classes it must give (2, {num_classes})"
+        )
+
+
+def _resolve_conv(name: str) -> Any:
+    if "." not in name:
+        return resolve_conv(name)
+    try:
+        return import_object(name)
+    except UnknownNameError as error:
+        raise ValueError(f"conv={name!r} does not exist ({error}); choose one of {sorted(CONVS)} or a path") from error
+
+
+def _resolve(argument: str, name: str, module: Any) -> Any:
+    if hasattr(module, name):
+        return getattr(module, name)
+    try:
+        return import_object(name)
+    except UnknownNameError as error:
+        names = [key for key, value in vars(module).items() if isinstance(value, type) and not key.startswith("_")]
+        raise ValueError(
+            f"{argument}={name!r} does not exist ({error}); {module.__name__} has {', '.join(names)}"
+        ) from error
+
+
+def _mixer(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if alpha < 0:
+            raise ValueError(f"{name}={alpha} must be 0 (off) or more")
+    mixers = [mixer(alpha=a, num_classes=num_classes) for mixer, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
+    return v2.RandomChoice(mixers) if mixers else None
+
+
+def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+    ks = (1, 5) if num_classes > 5 else (1,)
+    return MetricCollection(
+        {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in ks},
+        prefix=prefix,
+        compute_groups=False,
+    )

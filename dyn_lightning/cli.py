@@ -1,0 +1,284 @@
+"""What the entry points share: the command line, its errors, and the folder that a run writes to."""
+
+import argparse
+import csv
+import difflib
+import inspect
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning.callbacks
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+import dyn_lightning.callbacks
+import dyn_lightning.data
+from dyn_lightning.classifier import ImageClassifier
+from dyn_lightning.models.backbone import import_object
+from dyn_lightning.record import RunFolder
+
+TRACEBACK = "DYN_LIGHTNING_TRACEBACK"
+# The numbers that a model takes from its data.
+FROM_DATA = ("num_classes", "channels", "image_size")
+
+
+class CLI(LightningCLI):
+    """Parses the configuration, and builds data, model, trainer and the run's folder from it.
+
+    Attributes:
+        folder: of this run; None with ``fast_dev_run``, which leaves nothing.
+        checkpoint: to resume from, or None.
+        step: the global step at which the run goes on.
+    """
+
+    folder: RunFolder | None = None
+    checkpoint: Path | None = None
+    step: int = 0
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            ImageClassifier,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=1,
+            trainer_defaults={"default_root_dir": "runs", "max_epochs": 10},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "python -m dyn_lightning.fit"},
+            auto_configure_optimizers=False,
+            run=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what ``Trainer.fit`` and the run's folder need."""
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run, which writes to runs/NAME/version_N. Default: that of the config file.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Resume: `last` goes on with the newest run of this name, in its folder; `best` (of the newest run) "
+            "or a path start a new run from there.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best-{epoch}",
+                "checkpoint.monitor": "val/top1",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and say what is wrong in a sentence."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(str(error), parser)) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run, find what to resume, and check what no class checks."""
+        config = self.config
+        if config.name is None:
+            config.name = "-".join(Path(str(path)).stem for path in config.config or []) or "fit"
+        check_devices(config.trainer.accelerator, config.trainer.devices)
+        root = Path(config.trainer.default_root_dir)
+        if config.ckpt_path in ("last", "best"):
+            run = RunFolder.newest(root, config.name)
+            self.checkpoint = run.checkpoint(config.ckpt_path)
+        elif config.ckpt_path is not None:
+            self.checkpoint = Path(config.ckpt_path)
+        if not config.trainer.fast_dev_run:
+            self.folder = run if config.ckpt_path == "last" else RunFolder.new(root, config.name)
+
+    def instantiate_classes(self) -> None:
+        """Build the data, then the model with the data's numbers, then the trainer."""
+        config = self.config
+        data_parser = LightningArgumentParser()
+        data_parser.add_subclass_arguments(LightningDataModule, "data")
+        self.datamodule = data_parser.instantiate_classes(Namespace(data=config.data)).data
+        take_from_data(config.model, self.datamodule)
+        config.checkpoint.dirpath = str(self.folder.checkpoints) if self.folder else None
+        self.config_init = self.parser.instantiate_classes(Namespace({**vars(config), "data": self.datamodule}))
+        self.model = self.config_init.model
+        if self.checkpoint is not None:
+            self.step = check_checkpoint(self.checkpoint, self.model)
+        self.trainer = self.instantiate_trainer(**self._trainer_defaults())
+
+    def save_config(self) -> None:
+        """Write the resolved configuration to the run's folder, beside those of earlier starts."""
+        if self.folder is None:
+            return
+        config = self.config.clone()
+        config.checkpoint.dirpath = config.config = config.ckpt_path = None
+        text = self.parser.dump(config, skip_none=False)
+        self.folder.unused("config.yaml").write_text(text, encoding="utf8")
+
+    def _trainer_defaults(self) -> dict[str, Any]:
+        """Choose loggers and progress bar where the user chose none."""
+        trainer = self.config_init.trainer
+        callbacks = trainer.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in callbacks):
+            callbacks.append(RichProgressBar())
+        if trainer.enable_checkpointing is False:
+            self.parser.callback_keys.remove("checkpoint")
+        if self.folder is None or trainer.logger not in (None, True):
+            return {"callbacks": callbacks}
+        path = self.folder.path
+        place: dict[str, Any] = {"save_dir": path.parent.parent, "name": path.parent.name, "version": path.name}
+        # What was logged after the checkpoint will be logged again.
+        board = TensorBoardLogger(**place, default_hp_metric=False, purge_step=self.step or None)
+        return {"callbacks": callbacks, "logger": [board, CSVLogger(**place)]}
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """End with exit code 2 and one paragraph where something is wrong before the work has begun."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        text = error_in_list[1] if (error_in_list := re.search(r"Errors: - (.*?) - ", text)) else text
+        print(f"error: {text} ({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def explain(text: str, parser: LightningArgumentParser) -> str:
+    """Say in a sentence what jsonargparse says in a page: the key, and the nearest that exists."""
+    text = " ".join(text.split())
+    where = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+    if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        return f"{where} = {found[1]}: {unknown(found[2], inspect.signature(import_object(found[1])).parameters)}"
+    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+        known = [*dyn_lightning.data.__all__, *dyn_lightning.callbacks.__all__, *pytorch_lightning.callbacks.__all__]
+        return f"{where}: {unknown(found[1], known, 'class')}"
+    keys = list(parser.get_defaults().keys())
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        return unknown(f"{found[1]}.{found[2]}", [key for key in keys if key.startswith(f"{found[1]}.")])
+    if found := re.search(r"(?:unrecognized arguments: -*|^Option '|[Kk]ey ')([\w.+-]+)", text):
+        groups = {key.partition(".")[0] for key in keys}
+        return unknown(
+            found[1].rstrip("+"), keys if "." in found[1] and found[1].partition(".")[0] in groups else groups
+        )
+    types = re.findall(r"Expected an? <class '([\w.]+)'>", text)
+    if types and (value := re.search(r"(?:Got|Given) value: (\S+)", text)):
+        kinds = " or ".join(dict.fromkeys(name for name in types if name != "NoneType"))
+        return f"{where}: {value[1]!r} is no {kinds}"
+    if found := re.search(r"Errors: - (.*?) - ", text):
+        return f"{where}: {found[1]}".removeprefix(": ")
+    return text
+
+
+def unknown(name: str, known: Iterable[str], kind: str = "key") -> str:
+    """Say that a name does not exist, and which does.
+
+    Example:
+        >>> unknown("trainer.max_epoch", ["trainer.max_epochs", "seed"])
+        "there is no key 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+    return f"there is no {kind} {name!r}{hint}"
+
+
+def take_from_data(model: Namespace, data: LightningDataModule) -> None:
+    """Give the model the data's numbers, where the user gave none.
+
+    Raises:
+        ValueError: the user gave another number than the data have.
+    """
+    for name in FROM_DATA:
+        has, wants = getattr(data, name, None), model.get(name)
+        if has is not None and wants is not None and has != wants:
+            raise ValueError(
+                f"model.{name}={wants}, but the data ({type(data).__name__}) have {name}={has}: leave model.{name} out, "
+                "and it is taken from the data"
+            )
+        model[name] = wants if has is None else has
+
+
+def check_devices(accelerator: str, devices: int | str | list[int]) -> None:
+    """Check that this machine has as many processors as processes are asked for; Lightning checks the other devices.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    wanted = int(str(devices)) if str(devices).isdigit() else 0
+    cores = os.cpu_count() or 1
+    if (accelerator == "cpu" or not torch.cuda.is_available()) and accelerator in ("cpu", "auto") and wanted > cores:
+        raise ValueError(f"trainer.devices={devices}: this machine has {cores} processor cores and no other device")
+
+
+def check_checkpoint(path: Path, model: LightningModule) -> int:
+    """Check that a checkpoint is whole and holds this model's weights.
+
+    Returns:
+        Its global step.
+
+    Raises:
+        ValueError: it is missing, unreadable, or of another model.
+    """
+    if not path.is_file():
+        raise ValueError(f"--ckpt_path {path}: there is no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step = checkpoint["state_dict"], checkpoint["global_step"]
+    except Exception as error:
+        raise ValueError(f"--ckpt_path {path} is no whole checkpoint: {type(error).__name__}: {error}") from error
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in saved.items()}
+    if ours == theirs:
+        return step
+    problems = {
+        "only in the checkpoint": [name for name in theirs if name not in ours],
+        "only in the model": [name for name in ours if name not in theirs],
+        "of another shape": [
+            f"{name} {theirs[name]} (model: {ours[name]})"
+            for name in ours
+            if ours[name] != theirs.get(name, ours[name])
+        ],
+    }
+    differ = "; ".join(
+        f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for kind, names in problems.items()
+        if names
+    )
+    raise ValueError(f"--ckpt_path {path} is of another model. {differ}")
+
+
+def keep_metrics(logger: CSVLogger, step: int) -> None:
+    """Carry the rows before ``step`` over into a resumed run's ``metrics.csv``, which the logger would start anew.
+
+    The old file stays as ``metrics-1.csv``.
+    """
+    path = Path(logger.log_dir) / "metrics.csv"
+    if not path.is_file():
+        return
+    old = RunFolder(path.parent).unused(path.name)
+    shutil.copy(path, old)
+    with old.open(newline="", encoding="utf8") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    for row in rows:
+        logger.log_metrics(
+            {name: float(value) for name, value in row.items() if value and name != "step"}, step=int(row["step"])
+        )
+    logger.save()

@@ -1,0 +1,165 @@
+"""The folder of a run, and the record that says how its results came to be."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dyn_lightning.cost import peak_memory
+
+PACKAGES = ("dyn-lightning", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "jsonargparse", "timm")
+
+
+class RunFolder:
+    """``ROOT/NAME/version_N``: a new one for every start, or the newest one to go on with.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def new(cls, root: Path, name: str) -> "RunFolder":
+        """Take the next free number, without creating the folder."""
+        return cls(root / name / f"version_{max((run.number for run in cls.all(root, name)), default=-1) + 1}")
+
+    @classmethod
+    def all(cls, root: Path, name: str) -> "list[RunFolder]":
+        """List the runs of this name, oldest first."""
+        paths = [path for path in (root / name).glob("version_*") if path.name[8:].isdigit()]
+        return sorted((cls(path) for path in paths), key=lambda run: run.number)
+
+    @classmethod
+    def newest(cls, root: Path, name: str) -> "RunFolder":
+        """Find the run that was started last.
+
+        Raises:
+            ValueError: there is none.
+        """
+        runs = cls.all(root, name)
+        if not runs:
+            raise ValueError(f"there is no run below {root / name}: start one without --ckpt_path, or give --name")
+        return runs[-1]
+
+    @property
+    def number(self) -> int:
+        """N of ``version_N``."""
+        return int(self.path.name[8:])
+
+    def checkpoint(self, which: str) -> Path:
+        """Find the ``last`` or ``best`` checkpoint.
+
+        Raises:
+            ValueError: the run has none yet.
+        """
+        pattern = "last.ckpt" if which == "last" else "best*.ckpt"
+        found = sorted(self.checkpoints.glob(pattern), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ValueError(f"{self.path} has no {which} checkpoint yet: start again without --ckpt_path")
+        return found[-1]
+
+    def unused(self, name: str) -> Path:
+        """Give the path of a file that does not exist yet: ``config.yaml``, then ``config-1.yaml``, ..."""
+        path, number = self.path / name, 0
+        while path.exists():
+            number += 1
+            path = self.path / f"{Path(name).stem}-{number}{Path(name).suffix}"
+        return path
+
+
+class Record:
+    """A context that writes how a run was made, and how it ended, to a JSON file; whole at any moment.
+
+    Args:
+        path: the file.
+        devices: how many devices work on the run, for the device-hours.
+        facts: what else is known: parameters, multiply-adds, seed, ...
+    """
+
+    def __init__(self, path: Path | None, devices: int, **facts: Any) -> None:
+        self.path = path
+        self.devices = devices
+        self.facts: dict[str, Any] = {
+            "status": "running",
+            "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "git": git_state(),
+            "packages": packages(),
+            "python": platform.python_version(),
+            "device": device_name(),
+            "devices": devices,
+            **facts,
+        }
+
+    def __enter__(self) -> "Record":
+        self._start = time.monotonic()
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        seconds = time.monotonic() - self._start
+        self.facts |= {
+            "status": "finished" if error is None else f"failed: {kind.__name__ if kind else ''}: {error}",
+            "seconds": round(seconds, 3),
+            "device_hours": round(seconds * self.devices / 3600, 6),
+            "peak_memory_bytes": peak_memory(),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf8")
+        os.replace(temporary, self.path)
+
+
+def device_name() -> str:
+    """Name the accelerator, or the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return (
+        f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+
+
+def packages() -> dict[str, str]:
+    """Give the versions of the packages that decide a result."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, str] | None:
+    """Give the commit of the folder that the command runs in, and what differs from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, errors="replace").stdout
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "status": git("status", "--porcelain"),
+            "diff": git("diff", "HEAD"),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None

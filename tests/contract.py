@@ -1,0 +1,281 @@
+"""What every layer owes its caller. The test class of a layer inherits ``LayerContract`` and supplies two functions."""
+
+import copy
+import re
+import shutil
+from itertools import product
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dyn_lightning.routing import named_routers, watch
+from tests.noise import fill_with_noise_
+from tests.tolerances import TOLERANCES, assert_close
+
+# (stride, padding, dilation): all that nn.Conv2d takes.
+GEOMETRIES = [
+    (stride, padding, dilation)
+    for stride, padding, dilation in product([1, 2, (2, 1)], [0, 1, (2, 1), "same"], [1, (2, 1)])
+    if stride == 1 or padding != "same"
+]
+
+# (kernel size, image size): each takes another method of dynamic_conv2d.
+SHAPES = [(3, (7, 6)), (3, (17, 15)), (1, (7, 6))]
+
+
+class LayerContract:
+    """The tests of any drop-in for ``nn.Conv2d``; unequal sizes everywhere, so that no swapped axis passes."""
+
+    geometry: ClassVar[dict[str, Any]] = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+
+    def make(self, **kw: Any) -> nn.Module:
+        """Build the layer: ``geometry``, small options of its own, and over both what ``kw`` says."""
+        raise NotImplementedError
+
+    def slowly(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Give the paper's equation, one sample at a time."""
+        raise NotImplementedError
+
+    def noisy(self, dtype: torch.dtype = torch.float64, seed: int = 0, **kw: Any) -> nn.Module:
+        return fill_with_noise_(self.make(**kw).to(dtype), seed)
+
+    def static(self, dtype: torch.dtype = torch.float64, **kw: Any) -> nn.Conv2d:
+        return fill_with_noise_(nn.Conv2d(**{**self.geometry, **kw}).to(dtype))
+
+    def images(self, batch: int = 2, size: tuple[int, int] = (7, 6), dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(batch, self.geometry["in_channels"], *size, dtype=dtype)
+
+    def assert_equals_the_equation(self, x: Tensor, **geometry: Any) -> None:
+        layer = self.noisy(**geometry)
+        assert layer(x).shape == self.static(**geometry)(x).shape
+        assert_close(layer(x), self.slowly(layer, x))
+
+    # Values
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize(("stride", "padding", "dilation"), GEOMETRIES)
+    def test_equals_the_equation(self, stride: Any, padding: Any, dilation: Any, groups: int, bias: bool) -> None:
+        self.assert_equals_the_equation(
+            self.images(), stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias
+        )
+
+    @pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+    @pytest.mark.parametrize("kernel_size", [1, 3, (3, 1), (1, 5)])
+    @pytest.mark.parametrize("size", [(7, 6), (15, 13), (5, 9), (1, 1)])
+    def test_equals_the_equation_at_any_size(self, size: tuple[int, int], kernel_size: Any, stride: Any) -> None:
+        self.assert_equals_the_equation(self.images(size=size), kernel_size=kernel_size, stride=stride, padding=2)
+
+    def test_takes_one_input_channel(self) -> None:
+        self.assert_equals_the_equation(self.images()[:, :1], in_channels=1)
+
+    def test_samples_do_not_see_each_other(self) -> None:
+        layer, x = self.noisy().eval(), self.images(3)
+        assert_close(layer(x)[1:2], layer(x[1:2]))
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("batch", [0, 1])
+    def test_takes_a_small_batch(self, batch: int, training: bool) -> None:
+        layer, x = self.noisy(stride=2, padding=1).train(training), self.images(batch).requires_grad_()
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == (batch, self.geometry["out_channels"], 4, 3)
+        assert y.isfinite().all()
+        assert x.grad.shape == x.shape
+        assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+    # Gradients
+
+    def test_gradcheck(self) -> None:
+        layer, x = self.noisy(groups=2), self.images(size=(4, 3)).requires_grad_()
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+
+        def function(x: Tensor, *values: Tensor) -> Tensor:
+            return functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+        assert torch.autograd.gradcheck(function, (x, *parameters))
+
+    def test_every_parameter_gets_a_gradient(self) -> None:
+        layer, x = self.noisy(), self.images(5)
+        y = layer(x)
+        (y * torch.randn_like(y)).sum().backward()
+        assert [name for name, parameter in layer.named_parameters() if not parameter.grad.any()] == []
+
+    # Copies
+
+    def test_state_dict_restores_the_layer(self) -> None:
+        layer, other, x = self.noisy(), self.noisy(seed=1), self.images()
+        assert not torch.equal(layer(x), other(x))
+        other.load_state_dict(layer.state_dict(), strict=True)
+        assert torch.equal(layer(x), other(x))
+
+    def test_deepcopy_is_independent(self) -> None:
+        layer, x = self.noisy(), self.images()
+        before, other = layer(x), copy.deepcopy(layer)
+        assert torch.equal(other(x), before)
+        fill_with_noise_(other, seed=1)
+        assert torch.equal(layer(x), before)
+
+    # Memory formats, dtypes, compilation
+
+    @pytest.mark.parametrize(("kernel_size", "size"), SHAPES)
+    def test_channels_last_stays(self, kernel_size: int, size: tuple[int, int]) -> None:
+        layer, x = self.noisy(kernel_size=kernel_size, padding=1), self.images(size=size)
+        y = layer(x.contiguous(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert layer(x).is_contiguous()
+        assert_close(y, layer(x))
+
+    @pytest.mark.parametrize("dtype", TOLERANCES)
+    def test_module_in_any_dtype(self, dtype: torch.dtype) -> None:
+        layer, x = self.noisy(dtype), self.images(dtype=dtype)
+        y = layer(x)
+        assert y.dtype == dtype
+        assert_close(y.double(), layer.double()(x.double()), dtype)
+
+    @pytest.mark.parametrize(("kernel_size", "size"), SHAPES)
+    def test_bfloat16_autocast(self, kernel_size: int, size: tuple[int, int]) -> None:
+        layer, x = self.noisy(torch.float32, kernel_size=kernel_size), self.images(size=size, dtype=torch.float32)
+        with watch(layer) as routing, torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert_close(y.float(), layer(x), torch.bfloat16)
+        assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+        assert {name: weights.dtype for name, weights in routing.items()} == dict.fromkeys(
+            named_routers(layer), torch.float32
+        )
+
+    @pytest.mark.parametrize(("backend", "kernel_size"), [("inductor", 3), ("aot_eager", 1)])
+    def test_compiles_to_one_graph(self, backend: str, kernel_size: int) -> None:
+        if backend == "inductor" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("inductor needs a C++ compiler")
+        layer, x = self.noisy(torch.float32, kernel_size=kernel_size), self.images(dtype=torch.float32).requires_grad_()
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        inputs = (x, *layer.parameters())
+        assert_close(compiled(x), layer(x))
+        assert_close(
+            torch.autograd.grad(compiled(x).square().mean(), inputs),
+            torch.autograd.grad(layer(x).square().mean(), inputs),
+        )
+
+    # from_conv
+
+    @pytest.mark.parametrize("dtype", TOLERANCES)
+    @pytest.mark.parametrize(
+        "geometry",
+        [
+            {},
+            {"kernel_size": 1, "stride": 2},
+            {"kernel_size": (3, 1), "padding": "same", "dilation": (2, 1), "bias": False},
+            {"stride": (2, 1), "padding": (2, 1), "groups": 2},
+        ],
+        ids=str,
+    )
+    def test_from_conv_keeps_the_output(self, geometry: dict[str, Any], dtype: torch.dtype) -> None:
+        conv, x = self.static(dtype, **geometry), self.images(dtype=dtype)
+        before = copy.deepcopy(conv)
+        layer = type(self.make()).from_conv(conv)
+        assert_close(layer(x), conv(x))
+        assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+        assert all(parameter.requires_grad for parameter in layer.parameters())
+        fill_with_noise_(layer, seed=1)
+        assert torch.equal(conv(x), before(x))
+
+    def test_from_conv_refuses_a_padding_mode(self) -> None:
+        with pytest.raises(ValueError, match="padding_mode='reflect' is not supported, only 'zeros' is"):
+            type(self.make()).from_conv(self.static(padding_mode="reflect", padding=1))
+
+    # Constructor and description
+
+    @pytest.mark.parametrize(
+        ("geometry", "message"),
+        [
+            ({"groups": 5}, "groups=5 must divide in_channels={in_channels} and out_channels={out_channels}"),
+            ({"groups": 0}, "groups=0 must be at least 1"),
+            ({"in_channels": 0}, "in_channels=0 must be at least 1"),
+            ({"out_channels": -1}, "out_channels=-1 must be at least 1"),
+            ({"padding": "some"}, "padding='some' must be 'same', 'valid', a whole number or two of them"),
+            ({"kernel_size": (3, 3, 3)}, "(3, 3, 3) must be a whole number or two of them"),
+            ({"stride": (1, 2.5)}, "(1, 2.5) must be a whole number or two of them"),
+            ({"stride": 2.5}, "2.5 must be a whole number or two of them"),
+        ],
+        ids=str,
+    )
+    def test_constructor_refuses(self, geometry: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message.format(**self.geometry))):
+            self.make(**geometry)
+
+    @pytest.mark.parametrize(
+        "geometry",
+        [{}, {"stride": 2, "padding": (2, 1), "dilation": 3, "groups": 2, "bias": False}, {"padding": "same"}],
+        ids=str,
+    )
+    def test_describes_itself_as_conv2d_does(self, geometry: dict[str, Any]) -> None:
+        layer, conv = self.make(**geometry), nn.Conv2d(**{**self.geometry, **geometry})
+        assert conv.extra_repr() in layer.extra_repr()
+        assert layer.extra_repr() in repr(layer)
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        assert {name: getattr(layer, name) for name in names} == {name: getattr(conv, name) for name in names}
+        assert (layer.bias is None) == (conv.bias is None)
+
+    def test_prints_without_data(self) -> None:
+        with torch.device("meta"):
+            assert self.make().extra_repr() in repr(self.make())
+
+
+class MixtureContract(LayerContract):
+    """The further tests of a layer whose ``weight`` holds K kernels, mixed by routing weights for each sample."""
+
+    count: str  # the option that says how many kernels there are
+
+    def route(self, layer: nn.Module, pooled: Tensor) -> Tensor:
+        """Give the routing weights ``(K,)`` of one sample, from its mean over the pixels ``(C_in,)``."""
+        raise NotImplementedError
+
+    def slowly(self, layer: nn.Module, x: Tensor) -> Tensor:
+        outputs = []
+        for image in x:
+            routing = self.route(layer, image.mean((1, 2)))
+            kernel = sum(routing[k] * layer.weight[k] for k in range(len(routing)))
+            bias = None if layer.bias is None else sum(routing[k] * layer.bias[k] for k in range(len(routing)))
+            outputs.append(
+                F.conv2d(image[None], kernel, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+            )
+        return torch.cat(outputs)
+
+    @pytest.mark.parametrize("index", range(3))
+    def test_one_open_kernel_is_a_convolution(self, index: int) -> None:
+        layer, x = self.noisy(stride=2, padding=1, groups=2), self.images()
+        layer.router.register_forward_hook(lambda *_: F.one_hot(torch.tensor([index, index]), 3))
+        assert_close(layer(x), F.conv2d(x, layer.weight[index], layer.bias[index], stride=2, padding=1, groups=2))
+
+    @pytest.mark.parametrize("groups", [1, 4])
+    def test_each_kernel_starts_as_conv2d_does(self, groups: int) -> None:
+        layer = self.make(in_channels=16, out_channels=64, groups=groups)
+        expected = nn.Conv2d(16, 64, 3, groups=groups).weight
+        assert [kernel.std().item() for kernel in layer.weight] == [pytest.approx(expected.std().item(), rel=0.1)] * 3
+        assert layer.weight.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.01)
+        assert not torch.equal(layer.weight[0], layer.weight[1])
+        assert not layer.bias.any()
+
+    def test_upcycled_kernels_part_after_one_step(self) -> None:
+        layer, x = type(self.make()).from_conv(self.static()), self.images(5)
+        before = layer.weight.detach().clone()
+        layer(x).square().mean().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        step = (layer.weight - before).abs().max()
+        for k, other in product(range(len(before)), repeat=2):
+            assert k == other or (layer.weight[k] - layer.weight[other]).abs().max() > 1e-4 * step > 0
+
+    def test_refuses_no_kernels(self) -> None:
+        with pytest.raises(ValueError, match=f"{self.count}=0 must be at least 1"):
+            self.make(**{self.count: 0})
+
+    def test_describes_its_kernels(self) -> None:
+        assert f"{self.count}=3" in self.make().extra_repr()

@@ -1,0 +1,317 @@
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from dyn_lightning.convert import convert, resolve_conv
+from dyn_lightning.layers import CONVS, CondConv2d, DynamicConv2d
+from tests.noise import fill_with_noise_, randomize_norms_
+from tests.tolerances import assert_close
+
+FIRST, SHORTCUT, SQUEEZE = "the first convolution", "projection of a shortcut", "squeeze-and-excitation"
+SAME = "Conv2dSame is a subclass of Conv2d and does something of its own"
+RESNET_LEFT = {"conv1": FIRST} | {f"layer{stage}.0.downsample.0": SHORTCUT for stage in (2, 3, 4)}
+
+
+class Own(nn.Conv2d):
+    """A user's own layer, without from_conv, with an option."""
+
+    def __init__(self, *args: Any, own: int = 0, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.own = own
+
+
+class Holding(nn.Module):
+    """A user's own routed layer, which holds a convolution."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(*args, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def routers(self) -> dict[str, nn.Module]:
+        return {}
+
+
+def small() -> nn.Sequential:
+    """Three convolutions: 0, 2, 4."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2, padding=(2, 1), groups=2),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, (1, 3), dilation=(1, 2), bias=False),
+    )
+
+
+def types(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+@pytest.fixture
+def resnet() -> Iterator[nn.Module]:
+    """A ResNet-18 without data."""
+    with torch.device("meta"):
+        yield torchvision.models.resnet18()
+
+
+class TestDefaultRule:
+    """The papers': the first convolution, shortcuts and squeeze-and-excitation are left."""
+
+    @pytest.mark.parametrize("conv", ["dynamic", "condconv"])
+    @pytest.mark.parametrize(
+        ("build", "count", "left"),
+        [
+            (torchvision.models.resnet18, 16, RESNET_LEFT),
+            (partial(timm.create_model, "resnet18", pretrained=False), 16, RESNET_LEFT),
+            (torchvision.models.mobilenet_v2, 51, {"features.0.0": FIRST}),
+            (
+                torchvision.models.mobilenet_v3_small,
+                33,
+                {"features.0.0": FIRST}
+                | {f"features.1.block.1.fc{number}": SQUEEZE for number in (1, 2)}
+                | {f"features.{block}.block.2.fc{number}": SQUEEZE for block in range(4, 12) for number in (1, 2)},
+            ),
+        ],
+    )
+    def test_on_networks(self, build: Callable[[], nn.Module], count: int, left: dict[str, str], conv: str) -> None:
+        with torch.device("meta"):
+            model = build()
+            report = convert(model, conv)
+        assert report.left == left
+        assert len(report.replaced) == count
+        assert {type(model.get_submodule(name)) for name in report.replaced} == {CONVS[conv]}
+        assert {type(model.get_submodule(name)) for name in report.left} == {nn.Conv2d}
+
+    def test_subclasses_are_left_by_name(self) -> None:
+        with torch.device("meta"):
+            model = timm.create_model("tf_efficientnet_b0", pretrained=False)
+            report = convert(model, "dynamic")
+        same = ["conv_stem", *(f"blocks.{stage}.0.conv_dw" for stage in (1, 2, 3, 5))]
+        assert [name for name, reason in report.left.items() if reason == SAME] == same
+        assert {type(model.get_submodule(name)).__name__ for name in same} == {"Conv2dSame"}
+        assert len(report.replaced) == 44
+        with pytest.raises(ValueError, match=f"no convolution would be replaced: .*'conv_stem': '{SAME}'"):
+            convert(model, "dynamic", include=["conv_stem"])
+
+    def test_padding_modes_are_left(self) -> None:
+        model = small()
+        model[2].padding_mode = "reflect"
+        report = convert(model, "dynamic")
+        assert report.left == {"0": FIRST, "2": "padding_mode='reflect'"}
+        assert report.replaced == ["4"]
+
+
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("include", "exclude", "replaced"),
+        [
+            ("layer4.1.*", None, ["layer4.1.conv1", "layer4.1.conv2"]),
+            (
+                ["conv1", "layer?.0.downsample.*"],
+                "layer3*",
+                ["conv1", "layer2.0.downsample.0", "layer4.0.downsample.0"],
+            ),
+            (lambda name, conv: conv.kernel_size == (7, 7), None, ["conv1"]),
+            (None, ["layer[123].*", "*.conv1"], ["layer4.0.conv2", "layer4.1.conv2"]),
+            (
+                None,
+                lambda name, conv: conv.in_channels < 512,
+                [f"layer4.{n}" for n in ("0.conv2", "1.conv1", "1.conv2")],
+            ),
+        ],
+    )
+    def test_include_and_exclude(self, include: Any, exclude: Any, replaced: list[str], resnet: nn.Module) -> None:
+        assert convert(resnet, "dynamic", include=include, exclude=exclude).replaced == replaced
+
+    def test_reasons(self, resnet: nn.Module) -> None:
+        report = convert(resnet, "dynamic", include="layer4.*", exclude="layer4.0*")
+        assert report.left["conv1"] == "not in include"
+        assert report.left["layer4.0.conv1"] == "in exclude"
+        assert len(report.left) + len(report.replaced) == 20
+
+    @pytest.mark.parametrize("argument", ["include", "exclude"])
+    @pytest.mark.parametrize("selection", ["layer5.*", ["layer4.*", "layer5.*"]])
+    def test_a_glob_that_matches_nothing(self, argument: str, selection: Any, resnet: nn.Module) -> None:
+        message = rf"{argument}='layer5.\*' matches no convolution; there are conv1, layer1.0.conv1, .*layer4.1.conv2"
+        with pytest.raises(ValueError, match=message):
+            convert(resnet, "dynamic", **{argument: selection})
+
+    @pytest.mark.parametrize("include", [[], lambda name, conv: False])
+    def test_nothing_selected(self, include: Any) -> None:
+        with pytest.raises(
+            ValueError, match=r"no convolution would be replaced: \{'0': 'not in include', '2': .*'4': "
+        ):
+            convert(small(), "dynamic", include=include)
+
+    @pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Conv2d(3, 4, 3)])
+    def test_a_model_without_convolutions(self, model: nn.Module) -> None:
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no nn.Conv2d to replace"):
+            convert(model, "dynamic")
+
+
+class TestConv:
+    def test_unknown_name_lists_the_names_and_the_nearest(self) -> None:
+        with pytest.raises(ValueError, match=r"conv='dynamc' does not exist, did you mean 'dynamic'\?") as error:
+            convert(small(), "dynamc")
+        assert all(repr(name) in str(error.value) for name in CONVS)
+        with pytest.raises(ValueError, match=r"conv='zzz' does not exist \(choose one of"):
+            resolve_conv("zzz")
+
+    @pytest.mark.parametrize(("conv", "options"), [(Own, {"own": 3}), (partial(Own, own=3), {})])
+    def test_a_user_s_own_class(self, conv: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+        model = small()
+        before = [repr(model[index]).replace("Conv2d", "Own") for index in (2, 4)]
+        assert convert(model, conv, **options).replaced == ["2", "4"]
+        assert [repr(model[index]) for index in (2, 4)] == before
+        assert model[2].own == 3
+
+    @pytest.mark.parametrize("conv", ["dynamic", "condconv"])
+    def test_the_new_layers_have_the_old_shapes(self, conv: str) -> None:
+        model, x = small(), torch.randn(2, 3, 15, 13)
+        shapes = []
+        for layer in (model[2], model[4]):
+            layer.register_forward_hook(lambda module, args, y: shapes.append(y.shape))
+        y = model(x)
+        convert(model, conv)
+        assert model(x).shape == y.shape
+        assert model[2](model[:2](x)).shape == shapes[0]
+
+    @pytest.mark.parametrize("conv", ["dynamic", Own])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_dtype_and_mode_are_kept(self, training: bool, conv: Any) -> None:
+        model = small().double().train(training)
+        convert(model, conv)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+        assert {module.training for module in model.modules()} == {training}
+
+    def test_a_convolution_of_two_names_stays_one(self) -> None:
+        model = small()
+        model.append(nn.Sequential(model[2]))
+        assert convert(model, "dynamic").replaced == ["2", "4", "5.0"]
+        assert model[2] is model[5][0]
+        assert type(model[2]) is DynamicConv2d
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(
+        ("conv", "options", "message"),
+        [
+            ("dynamic", {"num_kernels": 0}, r"2 = Conv2d\(4, 6.*groups=2\): num_kernels=0 must be at least 1"),
+            ("condconv", {"num_experts": 0}, "num_experts=0 must be at least 1"),
+            ("dynamic", {"temperature": -1}, "temperature=-1 must be a finite number above 0"),
+            ("dynamic", {"num_experts": 4}, "unexpected keyword argument 'num_experts'"),
+        ],
+    )
+    @pytest.mark.parametrize("upcycle", [True, False])
+    def test_leaves_the_network_untouched(
+        self, conv: str, options: dict[str, Any], message: str, upcycle: bool
+    ) -> None:
+        model = small()
+        before = list(model)
+        with pytest.raises(ValueError, match=message):
+            convert(model, conv, upcycle=upcycle, **options)
+        assert all(layer is old for layer, old in zip(model, before, strict=True))
+
+    def test_of_a_later_layer_leaves_the_earlier_untouched(self) -> None:
+        def picky(*args: Any, bias: bool, **kw: Any) -> nn.Module:
+            if not bias:
+                raise ValueError("mine")
+            return Own(*args, **kw)
+
+        model = small()
+        before = list(model)
+        with pytest.raises(ValueError, match=r"4 = Conv2d\(6, 5.*: mine"):
+            convert(model, picky)
+        assert all(layer is old for layer, old in zip(model, before, strict=True))
+
+    def test_upcycle_needs_from_conv(self) -> None:
+        with pytest.raises(ValueError, match=r"upcycle=True needs Own\.from_conv, which does not exist"):
+            convert(small(), Own, upcycle=True)
+
+
+class TestUpcycle:
+    @pytest.mark.parametrize(("conv", "options"), [("dynamic", {"num_kernels": 2}), ("condconv", {"num_experts": 3})])
+    @torch.no_grad()
+    def test_keeps_the_logits(self, conv: str, options: dict[str, Any]) -> None:
+        model, x = randomize_norms_(torchvision.models.resnet18(num_classes=7)).eval(), torch.randn(2, 3, 64, 48)
+        logits = model(x)
+        assert logits.std() > 0.1
+        assert len(convert(model, conv, include="*", upcycle=True, **options).replaced) == 20
+        assert_close(model(x) / logits.std(), logits / logits.std())
+
+    def test_passes_options_on(self) -> None:
+        model = small()
+        convert(model, "dynamic", upcycle=True, num_kernels=2, temperature=5)
+        assert len(model[2].weight) == 2
+        assert model[2].router.temperature == 5
+
+    @pytest.mark.parametrize("conv", [DynamicConv2d, "condconv"])
+    def test_keeps_every_geometry(self, conv: Any) -> None:
+        model, x = fill_with_noise_(small().double()), torch.randn(2, 3, 15, 13).double()
+        fresh, before = copy.deepcopy(model), model(x)
+        convert(model, conv, upcycle=True)
+        assert_close(model(x), before)
+        convert(fresh, conv)
+        assert (fresh(x) - before).abs().max() > 0.1
+
+
+class TestTwice:
+    def test_two_kinds_of_layers(self, resnet: nn.Module) -> None:
+        first = convert(resnet, "dynamic", include="layer3.*", exclude="*downsample*")
+        before = types(resnet)
+        second = convert(resnet, "condconv", include="layer4.*")
+        after = types(resnet)
+        assert {after[name] for name in first.replaced} == {DynamicConv2d}
+        assert {after[name] for name in second.replaced} == {CondConv2d}
+        assert (len(first.replaced), len(second.replaced)) == (4, 5)
+        assert {name for name in before if name in after and before[name] != after[name]} == set(second.replaced)
+
+    def test_never_goes_inside_a_layer_that_was_replaced(self) -> None:
+        model = small()
+        convert(model, Holding, include="2")
+        report = convert(model, "dynamic", include="*")
+        assert [row.name for row in report.rows] == ["0", "4"]
+        assert type(model[2].inner) is nn.Conv2d
+
+    def test_nothing_left(self) -> None:
+        model = small()
+        convert(model, "dynamic", include="*")
+        with pytest.raises(ValueError, match=r"Sequential has no nn\.Conv2d to replace"):
+            convert(model, "condconv")
+
+
+class TestReport:
+    def test_rows_and_text(self) -> None:
+        model = small()
+        report = convert(model, "condconv", exclude="4", num_experts=3)
+        conv, layer = 6 * 2 * 9 + 6, 3 * (6 * 2 * 9 + 6) + (4 + 1) * 3
+        assert [(row.name, row.before, row.after) for row in report.rows] == [
+            ("0", "Conv2d(3, 4, k=3x3)", "Conv2d(3, 4, k=3x3)"),
+            ("2", "Conv2d(4, 6, k=3x3, s=2, g=2)", "CondConv2d(4, 6, k=3x3, s=2, g=2)"),
+            ("4", "Conv2d(6, 5, k=1x3, d=1x2)", "Conv2d(6, 5, k=1x3, d=1x2)"),
+        ]
+        assert [(row.parameters_before, row.parameters_after) for row in report.rows] == [
+            (112, 112),
+            (conv, layer),
+            (90, 90),
+        ]
+        assert str(report).splitlines() == [
+            "name  before                         after                              parameters",
+            "0     Conv2d(3, 4, k=3x3)            left: the first convolution        112 -> 112",
+            "2     Conv2d(4, 6, k=3x3, s=2, g=2)  CondConv2d(4, 6, k=3x3, s=2, g=2)  114 -> 357",
+            "4     Conv2d(6, 5, k=1x3, d=1x2)     left: in exclude                   90 -> 90",
+            "1 of 3 convolutions replaced; parameters in convolutions 316 -> 559",
+        ]
+
+    def test_a_layer_of_unknown_shape_goes_by_its_class(self) -> None:
+        report = convert(small(), Holding)
+        assert report.rows[1].after == "Holding"

@@ -1,0 +1,61 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dyn_lightning.cost import multiply_adds, parameters, peak_memory
+from dyn_lightning.layers import CondConv2d, DynamicConv2d
+
+CONV = 6 * (5 * 4) * 4 * 9  # 4 -> 6 channels, 3 x 3 on a 7 x 6 image
+
+
+def test_parameters_counts_shared_ones_once() -> None:
+    linear = nn.Linear(4, 3)
+    assert parameters(nn.Sequential(linear, nn.Linear(3, 4), linear)) == (4 + 1) * 3 + (3 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Conv2d(4, 6, 3), CONV),
+        (nn.Conv2d(4, 6, 3, groups=2), CONV // 2),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), 6 * (4 * 3) * 4 * 9),
+        (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(120, 10)), CONV + 120 * 10),
+        # the convolution, mixing 3 kernels and biases, the attention: 4 -> 2 -> 3
+        (
+            DynamicConv2d(4, 6, 3, num_kernels=3, reduction=2),
+            CONV + 3 * (6 * 4 * 9 + 6) + 4 * 2 + 2 * 3,
+        ),
+        (CondConv2d(4, 6, 3, bias=False, num_experts=5), CONV + 5 * 6 * 4 * 9 + 4 * 5),
+        (DynamicConv2d(4, 6, 1, bias=False, num_kernels=3, reduction=2), 6 * 42 * 4 + 3 * 6 * 4 + 4 * 2 + 2 * 3),
+    ],
+)
+def test_multiply_adds_by_hand(layer: nn.Module, expected: int) -> None:
+    assert multiply_adds(layer, (4, 7, 6)) == expected
+    assert multiply_adds(layer.double(), (4, 7, 6)) == expected
+
+
+def test_multiply_adds_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Sequential(nn.Dropout()), nn.ReLU())
+    model[2].eval()
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    multiply_adds(model, (4, 7, 6))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_multiply_adds_restores_the_mode_on_an_exception() -> None:
+    model = nn.Conv2d(4, 6, 3)
+    with pytest.raises(RuntimeError):
+        multiply_adds(model, (5, 7, 6))
+    assert model.training
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    block = torch.ones(2**24)
+    peak = peak_memory()
+    assert block.nbytes < peak["host"] < 2**43
+    assert ("device" in peak) == torch.cuda.is_available()

@@ -1,0 +1,207 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyn_lightning.functional import METHODS, choose_method, dynamic_conv2d, init_kernels_, mix_kernels, output_size
+from tests.contract import GEOMETRIES
+from tests.tolerances import assert_close
+
+every_method = pytest.mark.parametrize("method", ["auto", *METHODS])
+
+
+def draw(
+    batch: int = 2,
+    size: tuple[int, int] = (7, 6),
+    kernel_size: tuple[int, int] = (3, 3),
+    groups: int = 1,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, ...]:
+    """Draw input, routing, weight and bias: 4 -> 6 channels, 3 kernels."""
+    shapes = [(batch, 4, *size), (batch, 3), (3, 6, 4 // groups, *kernel_size), (3, 6)]
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes[: 4 if bias else 3])
+
+
+def loop(
+    input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **geometry: Any
+) -> Tensor:
+    """Convolve one sample at a time."""
+    outputs = []
+    for image, shares in zip(input, routing, strict=True):
+        kernel = sum(share * kernel for share, kernel in zip(shares, weight, strict=True))
+        mixed = None if bias is None else sum(share * row for share, row in zip(shares, bias, strict=True))
+        outputs.append(F.conv2d(image[None], kernel, mixed, *args, **geometry))
+    return torch.cat(outputs)
+
+
+def assert_equals_the_loop(tensors: tuple[Tensor, ...], method: str, **geometry: Any) -> None:
+    actual, expected = dynamic_conv2d(*tensors, method=method, **geometry), loop(*tensors, **geometry)
+    assert_close(actual, expected)
+    cotangent = torch.randn_like(expected)
+    assert_close(torch.autograd.grad(actual, tensors, cotangent), torch.autograd.grad(expected, tensors, cotangent))
+
+
+class TestDynamicConv2d:
+    @every_method
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1), (1, 3)])
+    @pytest.mark.parametrize(("stride", "padding", "dilation"), GEOMETRIES)
+    def test_equals_a_loop_over_samples(
+        self, stride: Any, padding: Any, dilation: Any, kernel_size: Any, groups: int, method: str
+    ) -> None:
+        tensors = draw(kernel_size=kernel_size, groups=groups)
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        assert_equals_the_loop(tensors, method, **geometry)
+
+    @every_method
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    @pytest.mark.parametrize(("batch", "size"), [(1, (7, 6)), (3, (7, 6)), (5, (1, 1)), (2, (17, 15))])
+    def test_equals_a_loop_for_any_batch(
+        self, batch: int, size: tuple[int, int], kernel_size: Any, bias: bool, method: str
+    ) -> None:
+        assert_equals_the_loop(draw(batch, size, kernel_size, 2, bias), method, padding=1, groups=2)
+
+    @every_method
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_empty_batch(self, kernel_size: Any, bias: bool, method: str) -> None:
+        tensors = draw(0, kernel_size=kernel_size, groups=2, bias=bias)
+        y = dynamic_conv2d(*tensors, stride=2, padding=1, groups=2, method=method)
+        assert y.shape == F.conv2d(tensors[0], tensors[2][0], stride=2, padding=1, groups=2).shape
+        gradients = torch.autograd.grad(y.sum(), tensors)
+        assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+        assert not any(gradient.any() for gradient in gradients)
+
+    @every_method
+    def test_depthwise(self, method: str) -> None:
+        input, routing, weight, bias = draw(groups=4)
+        assert_equals_the_loop((input, routing, weight[:, :4], bias[:, :4]), method, padding=1, groups=4)
+
+    @every_method
+    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+    @pytest.mark.parametrize("dilation", [1, (2, 1)])
+    @pytest.mark.parametrize("kernel_size", [(2, 2), (4, 3), (3, 2), (1, 4)])
+    def test_same_padding_of_even_kernels(self, kernel_size: Any, dilation: Any, method: str) -> None:
+        assert_equals_the_loop(draw(kernel_size=kernel_size), method, padding="same", dilation=dilation)
+
+    @every_method
+    def test_valid_padding(self, method: str) -> None:
+        assert_equals_the_loop(draw(), method, padding="valid", stride=2)
+
+    @every_method
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1), (2, 2)])
+    def test_channels_last_stays(self, kernel_size: Any, method: str) -> None:
+        input, *others = draw(kernel_size=kernel_size)
+        expected = dynamic_conv2d(input, *others, padding="same", method=method)
+        y = dynamic_conv2d(input.contiguous(memory_format=torch.channels_last), *others, padding="same", method=method)
+        assert expected.is_contiguous()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_close(y, expected)
+
+    @every_method
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_bfloat16_autocast(self, kernel_size: Any, method: str) -> None:
+        tensors = draw(kernel_size=kernel_size, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = dynamic_conv2d(*tensors, method=method)
+        assert y.dtype == torch.bfloat16
+        assert_close(y.float(), loop(*tensors), torch.bfloat16)
+        assert [g.dtype for g in torch.autograd.grad(y.float().sum(), tensors)] == [torch.float32] * 4
+
+    @every_method
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_float32_routing_of_another_dtype(self, dtype: torch.dtype, method: str) -> None:
+        input, routing, weight, bias = draw(dtype=dtype)
+        routing = routing.bfloat16()
+        y = dynamic_conv2d(input, routing.float(), weight, bias, method=method)
+        assert y.dtype == dtype
+        assert_close(y, dynamic_conv2d(input, routing.to(dtype), weight, bias, method=method))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("shapes", "groups", "message"),
+        [
+            (
+                [(2, 4, 7, 6), (2, 4), (3, 6, 4, 3, 3), (3, 6)],
+                1,
+                r"routing of shape \(2, 4\) must be \(B, K\) = \(2, 3\): B as in input of shape \(2, 4, 7, 6\), "
+                r"K as in weight of shape \(3, 6, 4, 3, 3\)",
+            ),
+            ([(2, 4, 7, 6), (5, 3), (3, 6, 4, 3, 3), (3, 6)], 1, r"routing of shape \(5, 3\) must be .* \(2, 3\)"),
+            (
+                [(2, 5, 7, 6), (2, 3), (3, 6, 4, 3, 3), (3, 6)],
+                1,
+                r"input of 5 channels and groups=1 must agree with weight of shape .*: C_in = 4 \* groups",
+            ),
+            ([(2, 4, 7, 6), (2, 3), (3, 6, 4, 3, 3), (3, 6)], 2, r"input of 4 channels and groups=2 must agree"),
+            ([(2, 4, 7, 6), (2, 3), (3, 5, 2, 3, 3), (3, 5)], 2, r"groups must divide C_out = 5"),
+            ([(2, 4, 7, 6), (2, 3), (3, 6, 4, 3, 3), (6,)], 1, r"bias of shape \(6,\) must be \(K, C_out\) = \(3, 6\)"),
+            ([(4, 7, 6), (2, 3), (3, 6, 4, 3, 3), (3, 6)], 1, r"input of shape \(4, 7, 6\) must be \(B, C_in, H, W\)"),
+            ([(2, 4, 7, 6), (2, 3), (6, 4, 3, 3), (3, 6)], 1, r"weight of shape \(6, 4, 3, 3\) must be \(K, C_out"),
+        ],
+    )
+    def test_shapes_must_agree(self, shapes: list[tuple[int, ...]], groups: int, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            dynamic_conv2d(*map(torch.zeros, shapes), groups=groups)
+
+    def test_unknown_method_lists_those_that_exist(self) -> None:
+        message = r"method='fast' does not exist, choose one of \['auto', 'grouped', 'matmul', 'mixture'\]"
+        with pytest.raises(ValueError, match=message):
+            dynamic_conv2d(*draw(), method="fast")
+
+    def test_same_padding_needs_stride_one(self) -> None:
+        with pytest.raises(ValueError, match=r"padding='same' needs stride=1, not stride=\(2, 2\)"):
+            dynamic_conv2d(*draw(), stride=2, padding="same")
+
+    def test_unknown_padding(self) -> None:
+        with pytest.raises(ValueError, match="padding='full' must be 'same', 'valid', a whole number or two of them"):
+            dynamic_conv2d(*draw(), padding="full")
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "geometry", "method"),
+    [
+        ((0, 4, 99, 99), (3, 6, 4, 3, 3), {}, "mixture"),
+        ((0, 4, 99, 99), (3, 6, 4, 1, 1), {}, "mixture"),
+        ((2, 4, 14, 14), (3, 6, 4, 3, 3), {"padding": (1, 1)}, "mixture"),
+        ((2, 4, 15, 14), (3, 6, 4, 3, 3), {"padding": (1, 1)}, "grouped"),
+        ((2, 4, 28, 28), (3, 6, 4, 3, 3), {"padding": (1, 1), "stride": (2, 2)}, "mixture"),
+        ((2, 4, 18, 18), (3, 6, 4, 3, 3), {"dilation": (2, 2)}, "mixture"),
+        ((2, 4, 14, 14), (3, 6, 2, 3, 3), {"padding": (1, 1), "groups": 2}, "mixture"),
+        ((2, 4, 14, 14), (3, 4, 1, 3, 3), {"padding": (1, 1), "groups": 4}, "grouped"),
+        ((2, 1, 14, 14), (3, 6, 1, 3, 3), {"padding": (1, 1)}, "mixture"),
+        ((1, 4, 14, 14), (3, 6, 4, 3, 3), {"padding": (1, 1)}, "grouped"),
+        ((1, 4, 1, 1), (3, 6, 4, 1, 1), {}, "matmul"),
+        ((2, 4, 2, 2), (3, 6, 4, 1, 1), {}, "mixture"),
+        ((2, 4, 3, 2), (3, 6, 4, 1, 1), {}, "matmul"),
+        ((2, 4, 3, 2), (3, 6, 2, 1, 1), {"groups": 2}, "grouped"),
+    ],
+)
+def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], method: str) -> None:
+    assert choose_method(torch.empty(input), torch.empty(weight), **geometry) == method
+
+
+def test_mix_kernels_of_one_open_kernel() -> None:
+    weight = torch.randn(3, 6, 4, 3, 2)
+    assert torch.equal(mix_kernels(torch.eye(3)[[2, 0]], weight), weight[[2, 0]])
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [g for g in GEOMETRIES if g[1] != "same"])
+def test_output_size(stride: Any, padding: Any, dilation: Any) -> None:
+    conv = nn.Conv2d(1, 1, (3, 2), stride, padding, dilation)
+    expected = conv(torch.zeros(1, 1, 15, 8)).shape[2:]
+    assert output_size((15, 8), (3, 2), conv.stride, conv.padding, conv.dilation) == expected
+
+
+def test_init_kernels_has_the_fan_of_one_kernel() -> None:
+    weight, bias = torch.empty(3, 64, 8, 3, 3), torch.ones(3, 64)
+    init_kernels_(weight, bias)
+    bound = 1 / math.sqrt(8 * 3 * 3)
+    assert weight.abs().amax((1, 2, 3, 4)).tolist() == [pytest.approx(bound, rel=0.01)] * 3
+    assert not bias.any()
