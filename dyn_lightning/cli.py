@@ -144,7 +144,7 @@ class CLI(LightningCLI):
         place: dict[str, Any] = {"save_dir": path.parent.parent, "name": path.parent.name, "version": path.name}
         # What was logged after the checkpoint will be logged again.
         board = TensorBoardLogger(**place, default_hp_metric=False, purge_step=self.step or None)
-        return {"callbacks": callbacks, "logger": [board, CSVLogger(**place)]}
+        return {"callbacks": callbacks, "logger": [board, CSVLogger(**place, flush_logs_every_n_steps=1)]}
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def keep_metrics(logger: CSVLogger, step: int) -> None:
     with old.open(newline="", encoding="utf8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
     for row in rows:
-        logger.log_metrics(
-            {name: float(value) for name, value in row.items() if value and name != "step"}, step=int(row["step"])
-        )
+        step = int(row.pop("step"))
+        metrics = {name: int(value) if value.isdigit() else float(value) for name, value in row.items() if value}
+        logger.log_metrics(metrics, step=step)
     logger.save()

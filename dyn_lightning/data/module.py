@@ -51,13 +51,17 @@ class ImageDataModule(LightningDataModule):
         self.image_size = image_size
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self._train_loader: TrainLoader | None = None
+        self._resume: dict[str, int] = {}
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> "TrainLoader":
         """Load the training images, shuffled, without a last incomplete batch (unless it is the only one)."""
         world_size, rank = self._place()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         order = _ResumableOrder(self.train_set, world_size, rank, shuffle=True, seed=seed)
-        return TrainLoader(self.train_set, order, self.batch_size, self.num_workers)
+        self._train_loader = TrainLoader(self.train_set, order, self.batch_size, self.num_workers)
+        self._train_loader.load_state_dict(self._resume)
+        return self._train_loader
 
     def val_dataloader(self) -> DataLoader:
         """Load the validation images."""
@@ -67,6 +71,18 @@ class ImageDataModule(LightningDataModule):
         """Load the test images."""
         assert self.test_set is not None
         return self._eval_loader(self.test_set)
+
+    # Lightning would save and load the loader's state by itself, but does not load it when the loader was built before
+    # the checkpoint is read, as happens where the schedule asks for the number of steps.
+    def state_dict(self) -> dict[str, int]:
+        """Say how far into which epoch the training is."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where the saved run stopped."""
+        self._resume = state_dict
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)
 
     def _eval_loader(self, dataset: Dataset) -> DataLoader:
         world_size, rank = self._place()
@@ -81,11 +97,11 @@ class ImageDataModule(LightningDataModule):
 class _ResumableOrder(DistributedSampler):
     """Gives (index, seed of the image's augmentation), from where the epoch was left."""
 
-    resume: dict[str, int] = {"epoch": -1, "seen": 0}  # noqa: RUF012 - replaced as a whole, never changed
+    resume: dict[str, int] | None = None
 
     @property
     def seen(self) -> int:
-        return self.resume["seen"] if self.resume["epoch"] == self.epoch else 0
+        return self.resume["seen"] if self.resume and self.resume["epoch"] == self.epoch else 0
 
     def __iter__(self) -> Iterator[Any]:
         for index in itertools.islice(super().__iter__(), self.seen, None):
@@ -115,6 +131,8 @@ class TrainLoader(DataLoader):
         for batch in super().__iter__():
             self.seen += self.batch_size or 1
             yield batch
+        if self.order.resume is not None:
+            self.order.resume.clear()  # another training with the same data starts from the beginning
 
     def state_dict(self) -> dict[str, int]:
         """Say which epoch this is, and how many of its images this rank has seen."""
