@@ -44,7 +44,7 @@ class ImageClassifier(LightningModule):
         exclude: which of those to leave.
         upcycle: start from the backbone's weights, so that a trained network's output is kept.
         num_classes: classes; ``fit`` takes the data's.
-        channels: of the images; ``fit`` takes the data's.
+        channels: of the images; ``fit`` takes the data's, else 3.
         image_size: rows and columns; ``fit`` takes the data's. Where known, the backbone is tried at once.
         optimizer: a class in ``torch.optim``, or a dotted path.
         optimizer_args: its options beside ``lr`` and ``weight_decay``, as ``{momentum: 0.9}``.
@@ -77,7 +77,7 @@ class ImageClassifier(LightningModule):
         exclude: str | list[str] | None = None,
         upcycle: bool = False,
         num_classes: int | None = None,
-        channels: int = 3,
+        channels: int | None = None,
         image_size: int | None = None,
         optimizer: str = "SGD",
         optimizer_args: dict[str, Any] | None = None,
@@ -92,6 +92,7 @@ class ImageClassifier(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
+        channels = 3 if channels is None else channels
         if num_classes is None:
             raise ValueError("num_classes is not given, and there are no data to take it from")
         if not 0 <= label_smoothing <= 1:

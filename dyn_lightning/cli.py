@@ -210,8 +210,8 @@ def take_from_data(model: Namespace, data: LightningDataModule) -> None:
         has, wants = getattr(data, name, None), model.get(name)
         if has is not None and wants is not None and has != wants:
             raise ValueError(
-                f"model.{name}={wants}, but the data ({type(data).__name__}) have {name}={has}: leave model.{name} out, "
-                "and it is taken from the data"
+                f"model.{name}={wants}, but the data ({type(data).__name__}) have {name}={has}: "
+                f"leave model.{name} out, and it is taken from the data"
             )
         model[name] = wants if has is None else has
 
@@ -279,6 +279,8 @@ def keep_metrics(logger: CSVLogger, step: int) -> None:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
     for row in rows:
         step = int(row.pop("step"))
-        metrics = {name: int(value) if value.isdigit() else float(value) for name, value in row.items() if value}
+        metrics: dict[str, Any] = {
+            name: int(value) if value.isdigit() else float(value) for name, value in row.items() if value
+        }
         logger.log_metrics(metrics, step=step)
     logger.save()

@@ -41,7 +41,7 @@ def main(args: ArgsType = None) -> None:
 def prepare(cli: CLI) -> Record:
     """Create the run's folder and its record."""
     hparams = cli.model.hparams
-    shape = (hparams["channels"], hparams["image_size"], hparams["image_size"])
+    shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
     facts: dict[str, Any] = {
         "seed": cli.config.seed_everything,
         "resumed_from": str(cli.checkpoint) if cli.checkpoint else None,
