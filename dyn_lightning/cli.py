@@ -74,13 +74,15 @@ class CLI(LightningCLI):
             help="Resume: `last` goes on with the newest run of this name, in its folder; `best` (of the newest run) "
             "or a path start a new run from there.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        # Two, because ModelCheckpoint's own `save_last` saves the last weights only when they are the best.
+        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(ModelCheckpoint, "last")
         parser.set_defaults(
             {
-                "checkpoint.filename": "best-{epoch}",
-                "checkpoint.monitor": "val/top1",
-                "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
+                "best.filename": "best-{epoch}",
+                "best.monitor": "val/top1",
+                "best.mode": "max",
+                "last.filename": "last",
             }
         )
 
@@ -113,7 +115,7 @@ class CLI(LightningCLI):
         data_parser.add_subclass_arguments(LightningDataModule, "data")
         self.datamodule = data_parser.instantiate_classes(Namespace(data=config.data)).data
         take_from_data(config.model, self.datamodule)
-        config.checkpoint.dirpath = str(self.folder.checkpoints) if self.folder else None
+        config.best.dirpath = config.last.dirpath = str(self.folder.checkpoints) if self.folder else None
         self.config_init = self.parser.instantiate_classes(Namespace({**vars(config), "data": self.datamodule}))
         self.model = self.config_init.model
         if self.checkpoint is not None:
@@ -125,7 +127,7 @@ class CLI(LightningCLI):
         if self.folder is None:
             return
         config = self.config.clone()
-        config.checkpoint.dirpath = config.config = config.ckpt_path = None
+        config.best.dirpath = config.last.dirpath = config.config = config.ckpt_path = None
         text = self.parser.dump(config, skip_none=False)
         self.folder.unused("config.yaml").write_text(text, encoding="utf8")
 
@@ -136,8 +138,8 @@ class CLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in callbacks):
             callbacks.append(RichProgressBar())
-        if trainer.enable_checkpointing is False:
-            self.parser.callback_keys.remove("checkpoint")
+        if trainer.enable_checkpointing is False or self.folder is None:
+            self.parser.callback_keys.clear()
         if self.folder is None or trainer.logger not in (None, True):
             return {"callbacks": callbacks}
         path = self.folder.path

@@ -22,7 +22,10 @@ SQUEEZE_EXCITATIONS = ("SqueezeExcitation", "SqueezeExcite", "SEModule", "Effect
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one convolution: ``reason`` says why it was left, and is empty where it was replaced."""
+    """What became of one convolution: ``reason`` says why it was left, and is empty where it was replaced.
+
+    A convolution that has several names has its parameters counted with the first.
+    """
 
     name: str
     before: str
@@ -113,14 +116,16 @@ def convert(
     _check_globs("include", include, convolutions)
     _check_globs("exclude", exclude, convolutions)
 
-    report, made = ConversionReport(), dict[int, nn.Module]()
+    report, made, seen = ConversionReport(), dict[int, nn.Module](), set[int]()
     first = next(iter(convolutions))
     for name, old in convolutions.items():
         reason = _reason(name, old, model, first, include, exclude)
         new: nn.Module = old
         if not reason:
             new = made[id(old)] if id(old) in made else made.setdefault(id(old), _make(make, old, name, options))
-        report.rows.append(Conversion(name, _shape(old), _shape(new), _parameters(old), _parameters(new), reason))
+        counts = (0, 0) if id(old) in seen else (_parameters(old), _parameters(new))
+        seen.add(id(old))
+        report.rows.append(Conversion(name, _shape(old), _shape(new), *counts, reason))
     if not made:
         raise ValueError(f"no convolution would be replaced: {report.left}")
     # Only now, when every new layer could be built, is the network touched.

@@ -186,22 +186,24 @@ def as_pair(value: int | Pair | list[int]) -> Pair:
     Raises:
         ValueError: neither one nor two whole numbers.
     """
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{value!r} must be a whole number or two of them, (rows, columns)")
     return values
 
 
-def as_padding(value: int | Pair | list[int] | str) -> Pair | str:
+def as_padding(value: int | Pair | list[int] | str, stride: Pair) -> Pair | str:
     """Bring padding to (rows, columns), or keep ``"same"`` and ``"valid"``.
 
     Raises:
-        ValueError: another string.
+        ValueError: another string, or ``"same"`` with a stride.
     """
     if not isinstance(value, str):
         return as_pair(value)
     if value not in ("same", "valid"):
         raise ValueError(f"padding={value!r} must be 'same', 'valid', a whole number or two of them")
+    if value == "same" and stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride=1, not stride={stride}; give the padding as numbers")
     return value
 
 
@@ -285,13 +287,11 @@ def _explicit_padding(
     input: Tensor, padding: int | Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
 ) -> tuple[Tensor, Pair]:
     """Turn 'same' and 'valid' into numbers; what 'same' has more on one side is padded here."""
-    padding = as_padding(padding)
+    padding = as_padding(padding, stride)
     if not isinstance(padding, str):
         return input, padding
     if padding == "valid":
         return input, (0, 0)
-    if stride != (1, 1):
-        raise ValueError(f"padding='same' needs stride=1, not stride={stride}; give the padding as numbers")
     rows, columns = (dilation[i] * (kernel_size[i] - 1) for i in (0, 1))
     if rows % 2 or columns % 2:
         input = F.pad(input, (0, columns % 2, 0, rows % 2))

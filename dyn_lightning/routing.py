@@ -86,7 +86,15 @@ class SoftmaxAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""
-        return f"temperature={self.temperature.item():g}"
+        return "" if self.temperature.is_meta else f"temperature={self.temperature.item():g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SoftmaxAttention":
+        # The temperature follows to another device, but stays in float32 when the layer becomes bfloat16.
+        temperature = self.temperature
+        super()._apply(fn, recurse)
+        if not temperature.is_meta:
+            self.temperature = temperature.to(self.temperature.device)
+        return self
 
 
 def check_temperature(value: float, name: str = "temperature") -> None:
@@ -109,8 +117,9 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
         Routers by the name of their layer; a layer that has several gives ``layer.router``.
     """
     found = {}
-    for name, layer in model.named_modules():
+    for path, layer in model.named_modules():
         if isinstance(layer, Routed):
+            name = path.replace("_orig_mod.", "")  # which torch.compile puts in
             routers = layer.routers()
             for key, router in routers.items():
                 found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = router

@@ -197,6 +197,8 @@ class LayerContract:
         ("geometry", "message"),
         [
             ({"groups": 5}, "groups=5 must divide in_channels={in_channels} and out_channels={out_channels}"),
+            ({"groups": 2, "in_channels": 3}, "groups=2 must divide in_channels=3 and out_channels={out_channels}"),
+            ({"groups": 2, "out_channels": 5}, "groups=2 must divide in_channels={in_channels} and out_channels=5"),
             ({"groups": 0}, "groups=0 must be at least 1"),
             ({"in_channels": 0}, "in_channels=0 must be at least 1"),
             ({"out_channels": -1}, "out_channels=-1 must be at least 1"),

@@ -187,10 +187,10 @@ class TestAggregation:
         assert_close(aggregated(weights, mode), torch.tensor(expected))
 
     def test_shuffle_per_image_permutes_each_row_by_itself(self) -> None:
-        weights = torch.rand(20, 4)
+        weights = torch.rand(1, 4).expand(20, 4)
         actual = aggregated(weights, "shuffle_per_image")
         assert torch.equal(actual.sort(1).values, weights.sort(1).values)
-        assert len({tuple(row) for row in actual.argsort(1).sub(weights.argsort(1)).tolist()}) > 2
+        assert len(actual.unique(dim=0)) > 2
 
     @pytest.mark.parametrize("batch", [2, 3, 5])
     def test_shuffle_across_images_has_no_fixed_point(self, batch: int) -> None:

@@ -65,7 +65,7 @@ class CondConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = as_pair(kernel_size)
         self.stride = as_pair(stride)
-        self.padding = as_padding(padding)
+        self.padding = as_padding(padding, self.stride)
         self.dilation = as_pair(dilation)
         self.groups = groups
         self.router = SigmoidRouter(in_channels, num_experts)
@@ -89,8 +89,8 @@ class CondConv2d(nn.Module):
         """Build the layer from a trained convolution, with the same output.
 
         The router's matrix starts at 0, so the routing weights start as the same n numbers for every image; each expert
-        is the convolution's kernel divided by their sum. The numbers differ (the router's bias is random), so the
-        experts part from the first step on.
+        is the convolution's kernel divided by their sum. The numbers differ (the router's bias is random), so SGD moves
+        the experts apart from the first step on; Adam, which evens out the size of gradients, does so very slowly.
 
         Args:
             conv: the trained convolution.

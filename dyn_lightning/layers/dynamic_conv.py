@@ -69,7 +69,7 @@ class DynamicConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = as_pair(kernel_size)
         self.stride = as_pair(stride)
-        self.padding = as_padding(padding)
+        self.padding = as_padding(padding, self.stride)
         self.dilation = as_pair(dilation)
         self.groups = groups
         self.router = SoftmaxAttention(in_channels, num_kernels, reduction, temperature)
@@ -97,6 +97,9 @@ class DynamicConv2d(nn.Module):
         cls, conv: nn.Conv2d, *, num_kernels: int = 4, reduction: float = 4, temperature: float = 30.0
     ) -> "DynamicConv2d":
         """Build the layer from a trained convolution, with the same output: K copies, mixed by weights that sum to one.
+
+        The attention differs between kernels, so SGD moves them apart from the first step on; Adam, which evens out the
+        size of gradients, does so very slowly.
 
         Args:
             conv: the trained convolution.

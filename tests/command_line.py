@@ -1,0 +1,37 @@
+"""Runs the package's commands as a user does: another process, in a folder of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+SMALL: dict[str, Any] = {
+    "model": {"backbone": "tests.nets.Plain", "conv": "dynamic", "conv_args": {"num_kernels": 3}, "lr": 0.05},
+    "data": {"class_path": "Digits", "init_args": {"image_size": 16, "batch_size": 64}},
+    "trainer": {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [{"class_path": "TemperatureAnnealing", "init_args": {"epochs": 2}}],
+    },
+}
+
+
+def fit(folder: Path, *arguments: str, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``python -m dyn_lightning.fit`` in a folder, with the tests importable."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "dyn_lightning.fit", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def write_config(folder: Path, name: str = "small.yaml", config: dict[str, Any] | str = SMALL) -> Path:
+    path = folder / name
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf8")
+    return path
