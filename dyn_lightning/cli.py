@@ -4,10 +4,12 @@ import argparse
 import csv
 import difflib
 import inspect
+import itertools
 import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +47,7 @@ class CLI(LightningCLI):
     checkpoint: Path | None = None
     step: int = 0
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             ImageClassifier,
             LightningDataModule,
@@ -91,7 +93,8 @@ class CLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            raise ValueError(explain(str(error), parser)) from error
+            files = config_files(args if isinstance(args, list) else None)
+            raise ValueError(explain(str(error), parser, files)) from error
 
     def before_instantiate_classes(self) -> None:
         """Name the run, find what to resume, and check what no class checks."""
@@ -163,9 +166,18 @@ def readable_errors() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def explain(text: str, parser: LightningArgumentParser) -> str:
+def config_files(args: list[str] | None) -> list[str]:
+    """Find the configuration files on a command line, whether or not it can be parsed."""
+    words = sys.argv[1:] if args is None else args
+    following = [file for flag, file in itertools.pairwise(words) if flag in ("-c", "--config")]
+    return following + [word.partition("=")[2] for word in words if word.startswith("--config=")]
+
+
+def explain(text: str, parser: LightningArgumentParser, files: list[str]) -> str:
     """Say in a sentence what jsonargparse says in a page: the key, and the nearest that exists."""
     text = " ".join(text.split())
+    if text.startswith(("Problems parsing config", "Unexpected config")):
+        return f"{' or '.join(files)} is no configuration (YAML, a mapping of keys): {text}"
     where = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
     if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
         return f"{where} = {found[1]}: {unknown(found[2], inspect.signature(import_object(found[1])).parameters)}"
@@ -176,10 +188,9 @@ def explain(text: str, parser: LightningArgumentParser) -> str:
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
         return unknown(f"{found[1]}.{found[2]}", [key for key in keys if key.startswith(f"{found[1]}.")])
     if found := re.search(r"(?:unrecognized arguments: -*|^Option '|[Kk]ey ')([\w.+-]+)", text):
-        groups = {key.partition(".")[0] for key in keys}
-        return unknown(
-            found[1].rstrip("+"), keys if "." in found[1] and found[1].partition(".")[0] in groups else groups
-        )
+        group, _, rest = (key := found[1].rstrip("+")).partition(".")
+        groups = {name.partition(".")[0] for name in keys}
+        return unknown(key, keys) if rest and group in groups else unknown(group, groups)
     types = re.findall(r"Expected an? <class '([\w.]+)'>", text)
     if types and (value := re.search(r"(?:Got|Given) value: (\S+)", text)):
         kinds = " or ".join(dict.fromkeys(name for name in types if name != "NoneType"))
@@ -268,21 +279,23 @@ def check_checkpoint(path: Path, model: LightningModule) -> int:
 
 
 def keep_metrics(logger: CSVLogger, step: int) -> None:
-    """Carry the rows before ``step`` over into a resumed run's ``metrics.csv``, which the logger would start anew.
+    """Start ``metrics.csv``, with the rows before ``step`` that a resumed run has, which the logger would delete.
 
     The old file stays as ``metrics-1.csv``.
     """
-    path = Path(logger.log_dir) / "metrics.csv"
-    if not path.is_file():
-        return
-    old = RunFolder(path.parent).unused(path.name)
-    shutil.copy(path, old)
-    with old.open(newline="", encoding="utf8") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    path, rows = Path(logger.log_dir) / "metrics.csv", []
+    if path.is_file():
+        old = RunFolder(path.parent).unused(path.name)
+        shutil.copy(path, old)
+        with old.open(newline="", encoding="utf8") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+        logger.experiment  # noqa: B018 - created here, it deletes the old file
     for row in rows:
-        step = int(row.pop("step"))
+        at = int(row.pop("step"))
         metrics: dict[str, Any] = {
             name: int(value) if value.isdigit() else float(value) for name, value in row.items() if value
         }
-        logger.log_metrics(metrics, step=step)
+        logger.log_metrics(metrics, step=at)
     logger.save()

@@ -1,9 +1,9 @@
 """``python -m dyn_lightning.fit --config exp.yaml``: train, then test the best checkpoint."""
 
+import os
 from typing import Any
 
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import ArgsType
 from pytorch_lightning.loggers import CSVLogger
 
 from dyn_lightning.cli import CLI, keep_metrics, readable_errors
@@ -11,7 +11,7 @@ from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.record import Record
 
 
-def main(args: ArgsType = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Train as the configuration says.
 
     Args:
@@ -53,13 +53,13 @@ def prepare(cli: CLI) -> Record:
         # Taken only now: a start that failed before leaves nothing behind.
         cli.folder.path.mkdir(parents=True, exist_ok=cli.config.ckpt_path == "last")
         for logger in cli.trainer.loggers:
-            if cli.step and isinstance(logger, CSVLogger):
+            if isinstance(logger, CSVLogger):
                 keep_metrics(logger, cli.step)
         cli.save_config()
         path = cli.folder.unused("run.json")
         print(f"run folder: {cli.folder.path}", flush=True)
         if cli.model.conversion is not None:
-            print(cli.model.conversion.summary(), flush=True)
+            print(f"{cli.model.hparams['conv']}: {cli.model.conversion.summary()}", flush=True)
     return Record(path, cli.trainer.world_size, **facts)
 
 
@@ -73,9 +73,10 @@ def best_checkpoint(callback: Any) -> str | None:
 def summary(cli: CLI, record: Record) -> str:
     """Say where everything is, and how it went."""
     facts = record.facts
+    best = facts["best_checkpoint"]
     lines = {
         "run folder": cli.folder.path if cli.folder else "none (fast_dev_run)",
-        "best checkpoint": facts["best_checkpoint"] or "none",
+        "best checkpoint": os.path.relpath(best) if best else "none",
         "seconds": f"{facts['seconds']:.1f}",
         **{name: f"{value:.4f}" for name, value in facts["metrics"].items() if name.startswith(("val/", "test/"))},
     }

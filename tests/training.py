@@ -1,5 +1,8 @@
 """Short trainings in the process of the test, and the small networks that they train."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +34,16 @@ def fit(
     trainer = Trainer(**{**defaults, **options}, callbacks=list(callbacks))
     trainer.fit(model, data or digits(), ckpt_path=ckpt_path)
     return trainer
+
+
+@contextmanager
+def warns_once(text: str) -> Iterator[None]:
+    """Expect one warning with this text; others stay what the suite makes of them, which pytest.warns would change."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.filterwarnings("always", message=f".*{text}")
+        yield
+    assert [str(warning.message) for warning in record if text in str(warning.message)] != []
+    assert len(record) == 1
 
 
 def digits(batch_size: int = 16) -> Digits:

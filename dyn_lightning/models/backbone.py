@@ -15,7 +15,7 @@ from dyn_lightning.models.cifar_resnet import CifarResNet
 MODELS: dict[str, Callable[..., nn.Module]] = {"cifar_resnet": CifarResNet}
 
 
-def build_backbone(name: str, num_classes: int, channels: int, **options: Any) -> nn.Module:
+def build_backbone(name: str, num_classes: int, channels: int, /, **options: Any) -> nn.Module:
     """Build a network that classifies images.
 
     Args:
@@ -30,7 +30,7 @@ def build_backbone(name: str, num_classes: int, channels: int, **options: Any) -
         ValueError: no model has this name (the message lists those that exist), or it refuses its options.
 
     Example:
-        >>> build_backbone("resnet18", num_classes=10, channels=1).conv1
+        >>> build_backbone("resnet18", 10, 1).conv1
         Conv2d(1, 64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), bias=False)
     """
     try:

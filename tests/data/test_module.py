@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dyn_lightning.data import Digits, ImageDataModule
 from dyn_lightning.data.module import derive_seed
-from tests.training import classifier, fit
+from tests.training import classifier, fit, static, warns_once
 
 
 class Numbered(Dataset):
@@ -206,7 +206,8 @@ class TestResume:
 
 def test_overfit_batches_repeats_the_first_images() -> None:
     """Lightning replaces the sampler by one of its own."""
-    trainer = fit(classifier(), Digits(8, 16), max_epochs=2, limit_train_batches=1.0, overfit_batches=2)
+    with warns_once("overfit"):
+        trainer = fit(classifier(static()), max_epochs=2, limit_train_batches=1.0, overfit_batches=2)
     assert trainer.global_step == 4
 
 
