@@ -175,7 +175,6 @@ class TestNothingToWrite:
         assert histograms(trainer) == {}
 
 
-
 class TestHooks:
     def hooks(self, model: nn.Module) -> int:
         return sum(len(router._forward_hooks) for router in named_routers(model).values())

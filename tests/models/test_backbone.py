@@ -57,7 +57,7 @@ def no_module(num_classes: int) -> int:
     ],
 )
 def test_honours_classes_and_channels(name: str, options: dict[str, Any], kind: Any, size: int, channels: int) -> None:
-    model = build_backbone(name, num_classes=7, channels=channels, **options)
+    model = build_backbone(name, 7, channels, **options)
     assert type(model).__module__ == kind if isinstance(kind, str) else type(model) is kind
     assert model.eval()(torch.randn(2, channels, size, size)).shape == (2, 7)
     assert model.training is False

@@ -1,0 +1,1 @@
+"""Scripts around the experiments, run as ``python -m experiments.NAME``."""

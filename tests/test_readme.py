@@ -1,0 +1,101 @@
+"""What the README says, done."""
+
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision.models import resnet18
+
+from dyn_lightning import convert, watch
+from dyn_lightning.cost import multiply_adds, parameters
+from dyn_lightning.layers import CONVS
+from tests.command_line import ROOT, fit
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_ten_lines_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(blocks("python")[0], {})
+    assert "16 of 20 convolutions replaced" in capsys.readouterr().out
+
+
+def test_a_layer_of_your_own() -> None:
+    module = types.ModuleType("my_package")
+    exec(blocks("python")[1], vars(module))
+    model = resnet18()
+    convert(model, module.MyConv2d, kernels=5)
+    with watch(model) as routing:
+        model(torch.randn(2, 3, 32, 32))
+    assert len(routing) == 16
+    assert all(weights.shape == (2, 5) for weights in routing.values())
+
+
+def test_the_experiment_on_images_of_your_own(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()).save(
+                    folder / f"{number}.png"
+                )
+    (tmp_path / "exp.yaml").write_text(blocks("yaml")[0])
+    small = [
+        "--trainer.max_epochs",
+        "1",
+        "--data.batch_size",
+        "4",
+        "--data.image_size",
+        "64",
+        "--data.num_workers",
+        "0",
+    ]
+    done = fit(tmp_path, "--config", "exp.yaml", *small, "--trainer.accelerator", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "runs" / "exp" / "version_0" / "run.json").read_text())
+    assert record["steps"] == 2
+    assert "val/top1" in record["metrics"]
+
+
+def test_every_option_that_is_shown_exists(tmp_path: Path) -> None:
+    (tmp_path / "exp.yaml").write_text(blocks("yaml")[0])
+    shown = re.findall(r"fit --config exp\.yaml(.*?)(?: #|\n)", "\n".join(blocks("console")))
+    options = [*" ".join(shown).replace("--ckpt_path last", "").split(), "--last.every_n_train_steps", "500"]
+    done = fit(tmp_path, "--config", "exp.yaml", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = yaml.safe_load(done.stdout)
+    assert (config["model"]["lr"], str(config["trainer"]["devices"])) == (0.05, "2")
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_the_layer_table(name: str) -> None:
+    layer = CONVS[name](64, 64, (3, 3), padding=1, bias=False)
+    row = f"| {parameters(layer):,} | {multiply_adds(layer, (64, 56, 56)) / 1e6:.1f} M |"
+    (line,) = re.findall(rf"^\| `{name}` .*$", README, re.MULTILINE)
+    assert line.endswith(row)
+
+
+def test_every_file_that_is_named_exists() -> None:
+    for name in re.findall(r"\((docs/[^)]+)\)|(experiments/[\w/.]+\.yaml)", README):
+        assert (ROOT / "".join(name)).is_file()
+    (tree,) = re.findall(r"^```\ndyn_lightning/\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"^    ([\w.]+(?:, [\w.]+)*)", tree, re.MULTILINE):
+        for part in name.split(", "):
+            assert (ROOT / "dyn_lightning" / part).exists()
+
+
+def test_the_layer_table_script_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "experiments.layer_table"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "295,432 parameters" in done.stdout
