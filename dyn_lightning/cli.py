@@ -102,6 +102,9 @@ class CLI(LightningCLI):
         if config.name is None:
             config.name = "-".join(Path(str(path)).stem for path in config.config or []) or "fit"
         check_devices(config.trainer.accelerator, config.trainer.devices)
+        for group in ("best", "last"):
+            if config[group].dirpath is not None:
+                raise ValueError(f"{group}.dirpath={config[group].dirpath}: checkpoints belong in the run's folder")
         root = Path(config.trainer.default_root_dir)
         if config.ckpt_path in ("last", "best"):
             run = RunFolder.newest(root, config.name)

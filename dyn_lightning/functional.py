@@ -6,7 +6,7 @@ y x output rows and columns, p position (y and x as one axis).
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,8 @@ def dynamic_conv2d(
         method = choose_method(input, weight, stride, padding, dilation, groups)
     elif method not in METHODS:
         raise ValueError(f"method={method!r} does not exist, choose one of {['auto', *METHODS]}")
-    output = METHODS[method](input, routing.to(weight.dtype), weight, bias, stride, padding, dilation, groups)
+    geometry = _Geometry(stride, padding, dilation, groups)
+    output = METHODS[method](input, routing.to(weight.dtype), weight, bias, geometry)
     return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
 
 
@@ -103,38 +104,31 @@ def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
     return (routing @ weight.flatten(1)).unflatten(1, weight.shape[1:])
 
 
-def _grouped(
-    input: Tensor,
-    routing: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+class _Geometry(NamedTuple):
+    """What ``F.conv2d`` takes after the bias, in its order."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+def _grouped(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     batch = input.shape[0]
     if batch == 0:
-        return _mixture(input, routing, weight, bias, stride, padding, dilation, groups)
+        return _mixture(input, routing, weight, bias, geometry)
     kernels = mix_kernels(routing, weight).flatten(0, 1)
     biases = None if bias is None else mix_kernels(routing, bias).flatten()
+    geometry = geometry._replace(groups=batch * geometry.groups)
     folded = input.reshape(1, -1, *input.shape[2:])
-    return F.conv2d(folded, kernels, biases, stride, padding, dilation, batch * groups)[0].unflatten(0, (batch, -1))
+    return F.conv2d(folded, kernels, biases, *geometry)[0].unflatten(0, (batch, -1))
 
 
-def _matmul(
-    input: Tensor,
-    routing: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def _matmul(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     batch, kernel_size = input.shape[0], (weight.shape[3], weight.shape[4])
     if batch == 0:
-        return _mixture(input, routing, weight, bias, stride, padding, dilation, groups)
+        return _mixture(input, routing, weight, bias, geometry)
+    stride, padding, dilation, groups = geometry
     size = output_size((input.shape[2], input.shape[3]), kernel_size, stride, padding, dilation)
     if kernel_size == (1, 1):
         patches = F.pad(input, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else input
@@ -146,20 +140,10 @@ def _matmul(
     return output if bias is None else output + mix_kernels(routing, bias)[:, :, None, None]
 
 
-def _mixture(
-    input: Tensor,
-    routing: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def _mixture(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     # F.conv2d wants a group's output channels side by side: (k, g o) -> (g, k, o).
-    kernels = weight.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
-    outputs = F.conv2d(input, kernels, None, stride, padding, dilation, groups)
-    outputs = outputs.unflatten(1, (groups, weight.shape[0], -1))
+    kernels = weight.unflatten(1, (geometry.groups, -1)).transpose(0, 1).flatten(0, 2)
+    outputs = F.conv2d(input, kernels, None, *geometry).unflatten(1, (geometry.groups, weight.shape[0], -1))
     output = torch.einsum("bk,bgkoyx->bgoyx", routing.to(outputs.dtype), outputs).flatten(1, 2)
     return output if bias is None else output + mix_kernels(routing, bias)[:, :, None, None]
 

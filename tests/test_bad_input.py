@@ -86,6 +86,7 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("trainer/callbacks/0/init_args/schedule", "cos", "schedule='cos' does not exist"),
         ("trainer/devices", 4096, r"trainer.devices=4096: this machine has \d+ processor cores"),
         ("trainer/accelerator", "abacus", "abacus"),
+        ("best/dirpath", "elsewhere", "best.dirpath=elsewhere: checkpoints belong in the run's folder"),
     ],
 )
 def test_in_the_config(path: str, value: Any, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dyn_lightning.data.module import ImageDataModule
@@ -34,6 +32,10 @@ class Digits(ImageDataModule):
     class_names = tuple("0123456789")
 
     def __init__(self, image_size: int = 32, batch_size: int = 64, num_workers: int = 0) -> None:
+        # Here, because importing scikit-learn takes a third of a second, which `fit --help` need not wait for.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         super().__init__(10, 1, image_size, batch_size, num_workers)
         pixels, labels = load_digits(return_X_y=True)
         images = (torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16 - MEAN) / STD
