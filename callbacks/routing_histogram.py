@@ -40,6 +40,7 @@ class RoutingHistogram(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once if there is nothing to write, or nowhere to."""
+        self._weights, self._last_step = {}, -1  # of an earlier training
         if not named_routers(pl_module):
             rank_zero_warn("RoutingHistogram found no routed layer (routers()) in the model")
         if not _writers(trainer):

@@ -62,6 +62,14 @@ class TemperatureAnnealing(Callback):
         if not any(isinstance(module, Annealed) for module in pl_module.modules()):
             rank_zero_warn("TemperatureAnnealing found no layer with a temperature (set_temperature) in the model")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse data without a length."""
+        if not math.isfinite(trainer.num_training_batches):
+            raise ValueError(
+                "TemperatureAnnealing counts in epochs, and the training loader has no length: "
+                "give the trainer limit_train_batches"
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log the temperature of this step."""
         pl_module.log("temperature", self._set(trainer, pl_module))

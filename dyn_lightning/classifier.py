@@ -115,6 +115,13 @@ class ImageClassifier(LightningModule):
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out where the initial weights came from: the checkpoint can be loaded without them."""
+        hparams = checkpoint["hyper_parameters"]
+        arguments = hparams["backbone_args"] or {}
+        hparams["backbone_args"] = {k: v for k, v in arguments.items() if k not in ("weights", "pretrained")}
+        hparams["weights"] = None
+
     def forward(self, images: Tensor) -> Tensor:
         """Give the logits."""
         return self.backbone(images)
@@ -164,7 +171,10 @@ class ImageClassifier(LightningModule):
         scheduler = self._make_scheduler(optimizer)
         if scheduler is None:
             total = int(self.trainer.estimated_stepping_batches)
-            warmup = self.hparams["warmup_epochs"] / max(1, self.trainer.max_epochs or 1) * total
+            self.trainer.fit_loop.setup_data()  # else the number of batches is not known where steps end the training
+            warmup = self.hparams["warmup_epochs"] * math.ceil(
+                self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+            )
             scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
         monitor = {"monitor": "val/loss"} if isinstance(scheduler, ReduceLROnPlateau) else {}
@@ -184,9 +194,10 @@ class ImageClassifier(LightningModule):
         name, options = self.hparams["scheduler"], self.hparams["scheduler_args"] or {}
         if name is None:
             return None
+        make = _resolve("scheduler", name, torch.optim.lr_scheduler)
         try:
-            return _resolve("scheduler", name, torch.optim.lr_scheduler)(optimizer, **options)
-        except TypeError as error:
+            return make(optimizer, **options)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"scheduler={name!r} with {options}: {error}") from error
 
 
@@ -230,10 +241,10 @@ def load_weights(backbone: nn.Module, path: str) -> None:
         raise ValueError(f"weights={path!r} is no file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        prefix = "backbone."
-        ours = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        backbone.load_state_dict(ours or state)
+        if "state_dict" in state:
+            names = {name: name.removeprefix("backbone.") for name in state["state_dict"]}
+            state = {name: state["state_dict"][key] for key, name in names.items() if key != name}
+        backbone.load_state_dict(state)
     except Exception as error:
         raise ValueError(f"weights={path!r}: {error}") from error
 
@@ -250,7 +261,7 @@ def _try_backbone(backbone: nn.Module, shape: tuple[int, int, int], num_classes:
     try:
         with torch.no_grad():
             output = backbone.eval()(torch.zeros(2, *shape))
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(f"the backbone cannot take an image of shape {shape}: {error}") from error
     finally:
         for module, mode in modes.items():

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -125,8 +126,15 @@ class Record:
         if self.path is None:
             return
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf8")
+        temporary.write_text(json.dumps(_plain(self.facts), indent=2, allow_nan=False) + "\n", encoding="utf8")
         os.replace(temporary, self.path)
+
+
+def _plain(value: Any) -> Any:
+    """Turn NaN and infinity, which JSON lacks, into null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def device_name() -> str:
@@ -139,14 +147,14 @@ def device_name() -> str:
 
 
 def packages() -> dict[str, str]:
-    """Give the versions of the packages that decide a result."""
-    versions = {}
+    """Give the versions of the packages that decide a result, torch's with its build."""
+    versions: dict[str, str] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | {"torch": torch.__version__}
 
 
 def git_state() -> dict[str, str] | None:

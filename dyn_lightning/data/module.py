@@ -58,7 +58,9 @@ class ImageDataModule(LightningDataModule):
         """Load the training images, shuffled, without a last incomplete batch (unless it is the only one)."""
         world_size, rank = self._place()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        order = _ResumableOrder(self.train_set, world_size, rank, shuffle=True, seed=seed)
+        # drop_last: ranks that fill up with images of the others could have a batch more than one rank has alone.
+        drop_last = len(self.train_set) >= world_size  # type: ignore[arg-type]
+        order = _ResumableOrder(self.train_set, world_size, rank, seed=derive_seed(seed), drop_last=drop_last)
         self._train_loader = TrainLoader(self.train_set, order, self.batch_size, self.num_workers)
         self._train_loader.load_state_dict(self._resume)
         return self._train_loader
@@ -80,9 +82,9 @@ class ImageDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on where the saved run stopped."""
-        self._resume = state_dict
+        self._resume = dict(state_dict)  # it is cleared after use
         if self._train_loader is not None:
-            self._train_loader.load_state_dict(state_dict)
+            self._train_loader.load_state_dict(self._resume)
 
     def _eval_loader(self, dataset: Dataset) -> DataLoader:
         world_size, rank = self._place()
@@ -116,13 +118,14 @@ class TrainLoader(DataLoader):
         order: of this rank, from its ``epoch``, which Lightning sets.
         batch_size: images a batch.
         num_workers: processes that load.
+        options: of the DataLoader; Lightning builds the loader anew with a sampler of its own to overfit batches.
     """
 
-    def __init__(self, dataset: Any, order: _ResumableOrder, batch_size: int, num_workers: int) -> None:
+    def __init__(self, dataset: Any, order: _ResumableOrder, batch_size: int, num_workers: int, **options: Any) -> None:
         self.order = order
         self.seen = 0
-        drop_last = len(order) >= batch_size
-        super().__init__(_Seeded(dataset), batch_size, sampler=order, num_workers=num_workers, drop_last=drop_last)
+        options = {"sampler": order, "drop_last": len(order) >= batch_size, **options}
+        super().__init__(_Seeded(dataset), batch_size, num_workers=num_workers, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Load what is left of the epoch."""
@@ -168,4 +171,4 @@ def derive_seed(*key: int) -> int:
         >>> derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
         True
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)

@@ -109,6 +109,10 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
     else:
         model = torchvision.models.get_model(name, **options)
         _replace_head(model, num_classes)
+    if getattr(model, "aux_logits", False):  # in training, GoogLeNet and Inception would give more than the logits
+        model.aux_logits = False
+        for branch in {"aux1", "aux2", "AuxLogits"} & {name for name, _ in model.named_children()}:
+            setattr(model, branch, None)
     _adapt_stem(model, channels)
     return model
 
@@ -125,9 +129,13 @@ def _adapt_stem(model: nn.Module, channels: int) -> None:
 
 
 def _replace_head(model: nn.Module, num_classes: int) -> None:
-    name, head = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    if head.out_features != num_classes:
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    linear = [(name, module) for name, module in layers if isinstance(module, nn.Linear)]
+    name, head = (linear or layers)[-1]  # SqueezeNet classifies by a convolution
+    if isinstance(head, nn.Linear) and head.out_features != num_classes:
         model.set_submodule(name, nn.Linear(head.in_features, num_classes, bias=head.bias is not None))
+    if isinstance(head, nn.Conv2d) and head.out_channels != num_classes:
+        model.set_submodule(name, nn.Conv2d(head.in_channels, num_classes, 1))
 
 
 def _is_timm(name: str) -> bool:

@@ -203,7 +203,7 @@ class TestResume:
         assert make(23, 4).state_dict() == {}
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling:UserWarning")
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled:UserWarning")
 def test_overfit_batches_repeats_the_first_images() -> None:
     """Lightning replaces the sampler by one of its own."""
     data, batches = Digits(8, 16), Batches()
