@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from dyn_lightning.functional import check_at_least_one
+from dyn_lightning.functional import check_count
 from dyn_lightning.routing import named_routers, watch
 
 
@@ -30,8 +30,8 @@ class RoutingHistogram(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, bins: int = 40) -> None:
-        check_at_least_one("every_n_steps", every_n_steps)
-        check_at_least_one("bins", bins)
+        check_count("every_n_steps", every_n_steps)
+        check_count("bins", bins)
         self.every_n_steps = every_n_steps
         self.bins = bins
         self._watching = ExitStack()

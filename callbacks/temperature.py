@@ -52,6 +52,7 @@ class TemperatureAnnealing(Callback):
         self.end = end
         self.epochs = epochs
         self.schedule = schedule
+        self._layers: list[Annealed] = []
 
     def temperature(self, progress: float) -> float:
         """Give the temperature when this part of ``epochs`` is over (1: all, more: after it)."""
@@ -59,7 +60,9 @@ class TemperatureAnnealing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for layers to anneal."""
-        if not any(isinstance(module, Annealed) for module in pl_module.modules()):
+        models = (pl_module, *_averages(trainer))
+        self._layers = [module for model in models for module in model.modules() if isinstance(module, Annealed)]
+        if not self._layers:
             rank_zero_warn("TemperatureAnnealing found no layer with a temperature (set_temperature) in the model")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,21 +75,19 @@ class TemperatureAnnealing(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log the temperature of this step."""
-        pl_module.log("temperature", self._set(trainer, pl_module))
+        pl_module.log("temperature", self._set(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Set the temperature that belongs to the weights after this step, for validation and checkpoints."""
-        self._set(trainer, pl_module)
+        self._set(trainer)
 
-    def _set(self, trainer: Trainer, pl_module: LightningModule) -> float:
+    def _set(self, trainer: Trainer) -> float:
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * self.epochs
         value = self.temperature(trainer.global_step / steps)
-        for model in (pl_module, *_averages(trainer)):
-            for module in model.modules():
-                if isinstance(module, Annealed):
-                    module.set_temperature(value)
+        for layer in self._layers:
+            layer.set_temperature(value)
         return value
 
 

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from dyn_lightning.callbacks import TemperatureAnnealing
 from dyn_lightning.convert import ConversionReport, convert, resolve_conv
+from dyn_lightning.cost import empty_images, evaluating
 from dyn_lightning.data.module import derive_seed
 from dyn_lightning.layers import CONVS
 from dyn_lightning.models.backbone import UnknownNameError, build_backbone, first_conv, import_object
@@ -97,6 +98,10 @@ class ImageClassifier(LightningModule):
             raise ValueError("num_classes is not given, and there are no data to take it from")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing={label_smoothing} must be from 0 to 1")
+        for name in ("lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+            value = self.hparams[name]
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number, 0 or more")
         if isinstance(backbone, str):
             backbone = build_backbone(backbone, num_classes, channels, **(backbone_args or {}))
         if weights is not None:
@@ -116,11 +121,8 @@ class ImageClassifier(LightningModule):
         self.test_metrics = _metrics(num_classes, "test/")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out where the initial weights came from: the checkpoint can be loaded without them."""
-        hparams = checkpoint["hyper_parameters"]
-        arguments = hparams["backbone_args"] or {}
-        hparams["backbone_args"] = {k: v for k, v in arguments.items() if k not in ("weights", "pretrained")}
-        hparams["weights"] = None
+        """Leave out the file of the initial weights: the checkpoint can be loaded without it."""
+        checkpoint["hyper_parameters"]["weights"] = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Give the logits."""
@@ -170,15 +172,27 @@ class ImageClassifier(LightningModule):
         optimizer = self._make_optimizer()
         scheduler = self._make_scheduler(optimizer)
         if scheduler is None:
-            total = int(self.trainer.estimated_stepping_batches)
-            self.trainer.fit_loop.setup_data()  # else the number of batches is not known where steps end the training
-            warmup = self.hparams["warmup_epochs"] * math.ceil(
-                self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-            )
+            total, warmup = self._steps()
             scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
         monitor = {"monitor": "val/loss"} if isinstance(scheduler, ReduceLROnPlateau) else {}
         return [optimizer], [{"scheduler": scheduler, "interval": "epoch", **monitor}]
+
+    def _steps(self) -> tuple[float, float]:
+        """Count the steps of the whole training and of the warm-up."""
+        trainer = self.trainer
+        total = trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:
+            raise ValueError(
+                f"the cosine needs an end, but max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps} give "
+                f"{total} steps: set one of them, or model.scheduler"
+            )
+        batches = trainer.num_training_batches
+        data = getattr(trainer, "datamodule", None)
+        if not math.isfinite(batches) and data is not None:  # not loaded yet, as only max_steps is given
+            batches = len(data.train_dataloader())
+        epochs = self.hparams["warmup_epochs"]
+        return total, epochs * math.ceil(batches / trainer.accumulate_grad_batches) if epochs else 0
 
     def _make_optimizer(self) -> Optimizer:
         hparams = self.hparams
@@ -201,7 +215,7 @@ class ImageClassifier(LightningModule):
             raise ValueError(f"scheduler={name!r} with {options}: {error}") from error
 
 
-def warmup_cosine(step: int, warmup: float, total: int) -> float:
+def warmup_cosine(step: int, warmup: float, total: float) -> float:
     """Give the learning rate's factor: linear to 1 over ``warmup`` steps, then half a cosine to 0 at step ``total``.
 
     Example:
@@ -257,15 +271,11 @@ def _try_backbone(backbone: nn.Module, shape: tuple[int, int, int], num_classes:
             f"the backbone's first convolution {stem[0]!r} takes {stem[1].in_channels} channels, but the images have "
             f"{shape[0]}"
         )
-    modes = {module: module.training for module in backbone.modules()}
     try:
-        with torch.no_grad():
-            output = backbone.eval()(torch.zeros(2, *shape))
+        with evaluating(backbone), torch.no_grad():
+            output = backbone(empty_images(backbone, 2, shape))
     except Exception as error:
         raise ValueError(f"the backbone cannot take an image of shape {shape}: {error}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(output, Tensor) or output.shape != (2, num_classes):
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -295,9 +305,6 @@ def _resolve(argument: str, name: str, module: Any) -> Any:
 
 
 def _mixer(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
-    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-        if alpha < 0:
-            raise ValueError(f"{name}={alpha} must be 0 (off) or more")
     mixers = [mixer(alpha=a, num_classes=num_classes) for mixer, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
     return v2.RandomChoice(mixers) if mixers else None
 

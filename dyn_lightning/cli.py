@@ -10,16 +10,17 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning.callbacks
+import pytorch_lightning.loggers
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning import LightningDataModule, LightningModule
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
@@ -30,6 +31,9 @@ from dyn_lightning.models.backbone import import_object
 from dyn_lightning.record import RunFolder
 
 TRACEBACK = "DYN_LIGHTNING_TRACEBACK"
+PROGRESS_BAR: Any = RichProgressBar.__base__  # its name is another in Lightning 1.9
+# What a resumed optimizer and its schedule take from the checkpoint, whatever the configuration says.
+FROM_CHECKPOINT = ("optimizer", "optimizer_args", "lr", "weight_decay", "scheduler", "scheduler_args")
 # The numbers that a model takes from its data.
 FROM_DATA = ("num_classes", "channels", "image_size")
 
@@ -92,7 +96,7 @@ class CLI(LightningCLI):
         """Parse, and say what is wrong in a sentence."""
         try:
             super().parse_arguments(parser, args)
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, UnicodeDecodeError) as error:
             files = config_files(args if isinstance(args, list) else None)
             raise ValueError(explain(str(error), parser, files)) from error
 
@@ -108,7 +112,9 @@ class CLI(LightningCLI):
         root = Path(config.trainer.default_root_dir)
         if config.ckpt_path in ("last", "best"):
             run = RunFolder.newest(root, config.name)
-            self.checkpoint = run.checkpoint(config.ckpt_path)
+            self.checkpoint = run.last() if config.ckpt_path == "last" else run.best()
+            if self.checkpoint is None:
+                raise ValueError(f"--ckpt_path best: {run.path} has no best checkpoint")
         elif config.ckpt_path is not None:
             self.checkpoint = Path(config.ckpt_path)
         if not config.trainer.fast_dev_run:
@@ -124,6 +130,9 @@ class CLI(LightningCLI):
         config.best.dirpath = config.last.dirpath = str(self.folder.checkpoints) if self.folder else None
         self.config_init = self.parser.instantiate_classes(Namespace({**vars(config), "data": self.datamodule}))
         self.model = self.config_init.model
+        logged = ["train/loss", "val/loss", *self.model.val_metrics]
+        if config.best.monitor is not None and config.best.monitor not in logged:
+            raise ValueError(f"best.monitor: {unknown(config.best.monitor, logged, 'metric')}")
         if self.checkpoint is not None:
             self.step = check_checkpoint(self.checkpoint, self.model)
         self.trainer = self.instantiate_trainer(**self._trainer_defaults())
@@ -142,7 +151,7 @@ class CLI(LightningCLI):
         trainer = self.config_init.trainer
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if trainer.enable_progress_bar is not False and not any(isinstance(bar, ProgressBar) for bar in callbacks):
+        if trainer.enable_progress_bar is not False and not any(isinstance(bar, PROGRESS_BAR) for bar in callbacks):
             callbacks.append(RichProgressBar())
         if trainer.enable_checkpointing is False or self.folder is None:
             self.parser.callback_keys.clear()
@@ -156,12 +165,12 @@ class CLI(LightningCLI):
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
+def readable_errors(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """End with exit code 2 and one paragraph where something is wrong before the work has begun."""
     try:
         yield
     except Exception as error:
-        if os.environ.get(TRACEBACK):
+        if begun() or os.environ.get(TRACEBACK):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         text = error_in_list[1] if (error_in_list := re.search(r"Errors: - (.*?) - ", text)) else text
@@ -179,13 +188,16 @@ def config_files(args: list[str] | None) -> list[str]:
 def explain(text: str, parser: LightningArgumentParser, files: list[str]) -> str:
     """Say in a sentence what jsonargparse says in a page: the key, and the nearest that exists."""
     text = " ".join(text.split())
-    if text.startswith(("Problems parsing config", "Unexpected config")):
+    if text.startswith(("Problems parsing config", "Unexpected config", "'utf-8' codec")):
         return f"{' or '.join(files)} is no configuration (YAML, a mapping of keys): {text}"
     where = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
     if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        if found[1].endswith("LightningDataModule"):
+            return f"data: there is no class_path; there are {', '.join(dyn_lightning.data.__all__)}"
         return f"{where} = {found[1]}: {unknown(found[2], inspect.signature(import_object(found[1])).parameters)}"
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
-        known = [*dyn_lightning.data.__all__, *dyn_lightning.callbacks.__all__, *pytorch_lightning.callbacks.__all__]
+        classes = {"data": dyn_lightning.data.__all__, "trainer.logger": pytorch_lightning.loggers.__all__}
+        known = classes.get(where, [*dyn_lightning.callbacks.__all__, *pytorch_lightning.callbacks.__all__])
         return f"{where}: {unknown(found[1], known, 'class')}"
     keys = list(parser.get_defaults().keys())
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
@@ -195,8 +207,8 @@ def explain(text: str, parser: LightningArgumentParser, files: list[str]) -> str
         groups = {name.partition(".")[0] for name in keys}
         return unknown(key, keys) if rest and group in groups else unknown(group, groups)
     types = re.findall(r"Expected an? <class '([\w.]+)'>", text)
-    if types and (value := re.search(r"(?:Got|Given) value: (\S+)", text)):
-        kinds = " or ".join(dict.fromkeys(name for name in types if name != "NoneType"))
+    kinds = " or ".join(dict.fromkeys(name for name in types if "." not in name and name != "NoneType"))
+    if kinds and "Expected a one of" not in text and (value := re.search(r"(?:Got|Given) value: ([^\s{[]+)", text)):
         return f"{where}: {value[1]!r} is no {kinds}"
     if found := re.search(r"Errors: - (.*?) - ", text):
         return f"{where}: {found[1]}".removeprefix(": ")
@@ -245,7 +257,7 @@ def check_devices(accelerator: str, devices: int | str | list[int]) -> None:
 
 
 def check_checkpoint(path: Path, model: LightningModule) -> int:
-    """Check that a checkpoint is whole and holds this model's weights.
+    """Check that a checkpoint is whole and holds this model's weights, trained by the same optimizer.
 
     Returns:
         Its global step.
@@ -260,6 +272,13 @@ def check_checkpoint(path: Path, model: LightningModule) -> int:
         saved, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:
         raise ValueError(f"--ckpt_path {path} is no whole checkpoint: {type(error).__name__}: {error}") from error
+    trained = checkpoint.get("hyper_parameters", {})
+    for name in FROM_CHECKPOINT:
+        if name in trained and trained[name] != model.hparams[name]:
+            raise ValueError(
+                f"model.{name}={model.hparams[name]}, but --ckpt_path {path} was trained with {trained[name]}, and a "
+                "resumed optimizer goes on as it was: change it back"
+            )
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in saved.items()}
     if ours == theirs:
@@ -284,11 +303,14 @@ def check_checkpoint(path: Path, model: LightningModule) -> int:
 def keep_metrics(logger: CSVLogger, step: int) -> None:
     """Start ``metrics.csv``, with the rows before ``step`` that a resumed run has, which the logger would delete.
 
-    The old file stays as ``metrics-1.csv``.
+    The old file stays as ``metrics-1.csv``, and ``hparams.yaml`` likewise.
     """
-    path, rows = Path(logger.log_dir) / "metrics.csv", []
+    folder, rows = RunFolder(Path(logger.log_dir)), []
+    path, hparams = folder.path / "metrics.csv", folder.path / "hparams.yaml"
+    if hparams.is_file():
+        shutil.copy(hparams, folder.unused(hparams.name))
     if path.is_file():
-        old = RunFolder(path.parent).unused(path.name)
+        old = folder.unused(path.name)
         shutil.copy(path, old)
         with old.open(newline="", encoding="utf8") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]

@@ -12,7 +12,8 @@ from dyn_lightning.functional import conv2d_arguments
 from dyn_lightning.layers import CONVS
 from dyn_lightning.protocols import Routed
 
-Selection = str | Iterable[str] | Callable[[str, nn.Conv2d], bool]
+Predicate = Callable[[str, nn.Conv2d], bool]
+Selection = str | Iterable[str] | Predicate
 
 # A 1x1 convolution with one of these in its name projects a shortcut (torchvision, timm, and the usual copies).
 SHORTCUTS = ("downsample", "shortcut", "skip", "proj")
@@ -113,6 +114,7 @@ def convert(
     convolutions = _find(model)
     if not convolutions:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d to replace")
+    include, exclude = _as_selection(include), _as_selection(exclude)
     _check_globs("include", include, convolutions)
     _check_globs("exclude", exclude, convolutions)
 
@@ -183,8 +185,8 @@ def _reason(
     conv: nn.Conv2d,
     model: nn.Module,
     first: str,
-    include: Selection | None,
-    exclude: Selection | None,
+    include: list[str] | Predicate | None,
+    exclude: list[str] | Predicate | None,
 ) -> str:
     """Say why a convolution is left, or nothing."""
     if type(conv) is not nn.Conv2d:
@@ -203,18 +205,18 @@ def _reason(
     return "in exclude" if exclude is not None and _matches(name, conv, exclude) else ""
 
 
-def _globs(selection: Selection) -> list[str]:
-    return [selection] if isinstance(selection, str) else [] if callable(selection) else list(selection)
+def _as_selection(selection: Selection | None) -> list[str] | Predicate | None:
+    if selection is None or callable(selection):
+        return selection
+    return [selection] if isinstance(selection, str) else list(selection)
 
 
-def _matches(name: str, conv: nn.Conv2d, selection: Selection) -> bool:
-    if callable(selection):
-        return selection(name, conv)
-    return any(fnmatchcase(name, glob) for glob in _globs(selection))
+def _matches(name: str, conv: nn.Conv2d, selection: list[str] | Predicate) -> bool:
+    return selection(name, conv) if callable(selection) else any(fnmatchcase(name, glob) for glob in selection)
 
 
-def _check_globs(argument: str, selection: Selection | None, convolutions: dict[str, nn.Conv2d]) -> None:
-    for glob in _globs(selection) if selection is not None else []:
+def _check_globs(argument: str, selection: list[str] | Predicate | None, convolutions: dict[str, nn.Conv2d]) -> None:
+    for glob in selection if isinstance(selection, list) else []:
         if not any(fnmatchcase(name, glob) for name in convolutions):
             raise ValueError(f"{argument}={glob!r} matches no convolution; there are {', '.join(convolutions)}")
 

@@ -2,10 +2,11 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -34,21 +35,33 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
         >>> multiply_adds(nn.Conv2d(4, 6, 3), (4, 7, 6))
         4320
     """
-    modes = {module: module.training for module in model.modules()}
-    reference = next(model.parameters())
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(torch.zeros(1, *input_shape, device=reference.device, dtype=reference.dtype))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(empty_images(model, 1, input_shape))
     return counter.get_total_flops() // 2
 
 
-def peak_memory() -> dict[str, int]:
-    """Give this process's peak memory so far, in bytes: ``host``, and ``device`` where a CUDA device was used."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and each of its modules back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def empty_images(model: nn.Module, batch: int, shape: Sequence[int]) -> Tensor:
+    """Give zeros ``(batch, C, H, W)`` where the model's parameters are, and of their type."""
+    parameter = next(model.parameters(), torch.empty(0))
+    return torch.zeros(batch, *shape, device=parameter.device, dtype=parameter.dtype)
+
+
+def peak_memory(device: torch.device | None = None) -> dict[str, int]:
+    """Give this process's peak memory so far, in bytes: ``host``, and ``device`` for a CUDA device."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["device"] = torch.cuda.max_memory_allocated()
+    if device is not None and device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -3,8 +3,10 @@
 import os
 from typing import Any
 
-from pytorch_lightning.callbacks import ModelCheckpoint
+import torch
+from pytorch_lightning import LightningDataModule
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from dyn_lightning.cli import CLI, keep_metrics, readable_errors
 from dyn_lightning.cost import multiply_adds, parameters
@@ -20,18 +22,19 @@ def main(args: list[str] | None = None) -> None:
     with readable_errors():
         cli = CLI(args)
         record = prepare(cli)
-    trainer = cli.trainer
-    with record:
+    trainer, best = cli.trainer, cli.config_init.best
+    with readable_errors(lambda: trainer.global_step > cli.step), record:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=str(cli.checkpoint) if cli.checkpoint else None)
+        save_last(cli)
         metrics = dict(trainer.callback_metrics)
-        best = best_checkpoint(trainer.checkpoint_callback)
-        if getattr(cli.datamodule, "test_set", None) is not None:
-            trainer.test(cli.model, cli.datamodule, ckpt_path=best, verbose=False)
+        if has_test_split(cli.datamodule):
+            trainer.test(cli.model, cli.datamodule, ckpt_path=best.best_model_path or None, verbose=False)
             metrics |= trainer.callback_metrics
         record.facts |= {
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
-            "best_checkpoint": best,
+            "best_checkpoint": best.best_model_path or None,
+            "best_score": None if best.best_model_score is None else float(best.best_model_score),
             "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         }
     if trainer.is_global_zero:
@@ -60,25 +63,31 @@ def prepare(cli: CLI) -> Record:
         print(f"run folder: {cli.folder.path}", flush=True)
         if cli.model.conversion is not None:
             print(f"{cli.model.hparams['conv']}: {cli.model.conversion.summary()}", flush=True)
-    return Record(path, cli.trainer.world_size, **facts)
+    return Record(path, cli.trainer.strategy.root_device, cli.trainer.world_size, **facts)
 
 
-def best_checkpoint(callback: Any) -> str | None:
-    """Give the best checkpoint's path, or None: the weights as they are."""
-    if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-        return callback.best_model_path
-    return None
+def save_last(cli: CLI) -> None:
+    """Save the final weights, where the last checkpoint was saved some steps before the end."""
+    path = cli.config_init.last.best_model_path
+    if path and torch.load(path, weights_only=True, mmap=True)["global_step"] != cli.trainer.global_step:
+        cli.trainer.save_checkpoint(path)
+
+
+def has_test_split(data: LightningDataModule) -> bool:
+    """Say whether the data can be tested on."""
+    return is_overridden("test_dataloader", data, LightningDataModule) and getattr(data, "test_set", True) is not None
 
 
 def summary(cli: CLI, record: Record) -> str:
-    """Say where everything is, and how it went."""
-    facts = record.facts
+    """Say where everything is, and how it went; what is tested is the best checkpoint."""
+    facts, monitor = record.facts, cli.config.best.monitor
     best = facts["best_checkpoint"]
     lines = {
         "run folder": cli.folder.path if cli.folder else "none (fast_dev_run)",
         "best checkpoint": os.path.relpath(best) if best else "none",
+        **({f"its {monitor}": f"{facts['best_score']:.4f}"} if best else {}),
+        **{name: f"{value:.4f}" for name, value in facts["metrics"].items() if name.startswith("test/")},
         "seconds": f"{facts['seconds']:.1f}",
-        **{name: f"{value:.4f}" for name, value in facts["metrics"].items() if name.startswith(("val/", "test/"))},
     }
     width = max(map(len, lines))
     return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -56,7 +56,8 @@ def dynamic_conv2d(
         torch.Size([2, 6, 7, 6])
     """
     _check_shapes(input, routing, weight, bias, groups)
-    kernel_size, stride, dilation = (weight.shape[3], weight.shape[4]), as_pair(stride), as_pair(dilation)
+    kernel_size = (weight.shape[3], weight.shape[4])
+    stride, dilation = as_steps("stride", stride), as_steps("dilation", dilation)
     input, padding = _explicit_padding(input, padding, kernel_size, stride, dilation)
     if method == "auto":
         method = choose_method(input, weight, stride, padding, dilation, groups)
@@ -176,6 +177,18 @@ def as_pair(value: int | Pair | list[int]) -> Pair:
     return values
 
 
+def as_steps(name: str, value: int | Pair | list[int]) -> Pair:
+    """Bring a kernel size, stride or dilation to (rows, columns).
+
+    Raises:
+        ValueError: not whole numbers, or one below 1.
+    """
+    steps = as_pair(value)
+    for step in steps:
+        check_count(name, step)
+    return steps
+
+
 def as_padding(value: int | Pair | list[int] | str, stride: Pair) -> Pair | str:
     """Bring padding to (rows, columns), or keep ``"same"`` and ``"valid"``.
 
@@ -198,19 +211,19 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
         ValueError: the groups do not divide both channel counts, or a count is below 1.
     """
     for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-        check_at_least_one(name, value)
+        check_count(name, value)
     if in_channels % groups or out_channels % groups:
         raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
 
 
-def check_at_least_one(name: str, value: float) -> None:
+def check_count(name: str, value: int) -> None:
     """Check a count.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: it is no whole number, or below 1.
     """
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
 
 
 def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:

@@ -45,32 +45,34 @@ class RunFolder:
 
     @classmethod
     def newest(cls, root: Path, name: str) -> "RunFolder":
-        """Find the run that was started last.
+        """Find the newest run that has a checkpoint; one that was stopped before its first has nothing to go on with.
 
         Raises:
             ValueError: there is none.
         """
-        runs = cls.all(root, name)
-        if not runs:
-            raise ValueError(f"there is no run below {root / name}: start one without --ckpt_path, or give --name")
-        return runs[-1]
+        for run in reversed(cls.all(root, name)):
+            if run.last() is not None:
+                return run
+        raise ValueError(f"no run below {root / name} has a checkpoint: start without --ckpt_path, or give --name")
 
     @property
     def number(self) -> int:
         """N of ``version_N``."""
         return int(self.path.name[8:])
 
-    def checkpoint(self, which: str) -> Path:
-        """Find the ``last`` or ``best`` checkpoint.
+    def last(self) -> Path | None:
+        """Find the last checkpoint, which Lightning may have numbered (``last-v1.ckpt``)."""
+        return max(self.checkpoints.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
-        Raises:
-            ValueError: the run has none yet.
-        """
-        pattern = "last.ckpt" if which == "last" else "best*.ckpt"
-        found = sorted(self.checkpoints.glob(pattern), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise ValueError(f"{self.path} has no {which} checkpoint yet: start again without --ckpt_path")
-        return found[-1]
+    def best(self) -> Path | None:
+        """Find the best checkpoint, as the last one knows it."""
+        last = self.last()
+        states = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["callbacks"] if last else {}
+        best = [
+            state["best_model_path"] for state in states.values() if isinstance(state, dict) and state.get("monitor")
+        ]
+        paths = [self.checkpoints / Path(path).name for path in best if path]  # the folder may have been moved
+        return next((path for path in paths if path.is_file()), None)
 
     def unused(self, name: str) -> Path:
         """Give the path of a file that does not exist yet: ``config.yaml``, then ``config-1.yaml``, ..."""
@@ -85,13 +87,15 @@ class Record:
     """A context that writes how a run was made, and how it ended, to a JSON file; whole at any moment.
 
     Args:
-        path: the file.
+        path: the file, or None: nothing is written.
+        device: that the run is on.
         devices: how many devices work on the run, for the device-hours.
         facts: what else is known: parameters, multiply-adds, seed, ...
     """
 
-    def __init__(self, path: Path | None, devices: int, **facts: Any) -> None:
+    def __init__(self, path: Path | None, device: torch.device, devices: int, **facts: Any) -> None:
         self.path = path
+        self.device = device
         self.devices = devices
         self.facts: dict[str, Any] = {
             "status": "running",
@@ -100,7 +104,7 @@ class Record:
             "git": git_state(),
             "packages": packages(),
             "python": platform.python_version(),
-            "device": device_name(),
+            "device": device_name(device),
             "devices": devices,
             **facts,
         }
@@ -118,7 +122,7 @@ class Record:
             "status": "finished" if error is None else f"failed: {kind.__name__ if kind else ''}: {error}",
             "seconds": round(seconds, 3),
             "device_hours": round(seconds * self.devices / 3600, 6),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak_memory(self.device),
         }
         self._write()
 
@@ -137,13 +141,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def device_name() -> str:
+def device_name(device: torch.device) -> str:
     """Name the accelerator, or the processor and its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return (
-        f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return processor if device.type == "cpu" else f"{device.type} of {processor}"
 
 
 def packages() -> dict[str, str]:

@@ -3,13 +3,14 @@
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dyn_lightning.functional import check_at_least_one
+from dyn_lightning.functional import check_count
 from dyn_lightning.protocols import Routed
 
 
@@ -30,7 +31,7 @@ class SigmoidRouter(nn.Module):
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()
-        check_at_least_one("num_experts", num_experts)
+        check_count("num_experts", num_experts)
         self.fc = nn.Linear(in_channels, num_experts)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,8 +63,9 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, in_channels: int, num_kernels: int, reduction: float = 4, temperature: float = 30.0) -> None:
         super().__init__()
-        check_at_least_one("num_kernels", num_kernels)
-        check_at_least_one("reduction", reduction)
+        check_count("num_kernels", num_kernels)
+        if not isinstance(reduction, (int, float)) or not 1 <= reduction < math.inf:
+            raise ValueError(f"reduction={reduction!r} must be a number, at least 1")
         hidden = max(1, round(in_channels / reduction))
         self.fc1 = nn.Linear(in_channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, num_kernels)
@@ -103,8 +105,8 @@ def check_temperature(value: float, name: str = "temperature") -> None:
     Raises:
         ValueError: the value is not a finite number above 0.
     """
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} must be a finite number above 0 (1 is the plain softmax)")
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a finite number above 0 (1 is the plain softmax)")
 
 
 def named_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,8 +120,9 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, Routed):
-            name = path.replace("_orig_mod.", "")  # which torch.compile puts in
+        compiled = "_orig_mod" in layer._modules  # torch.compile's shell around the layer
+        if isinstance(layer, Routed) and not compiled:
+            name = re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", path).lstrip(".")
             routers = layer.routers()
             for key, router in routers.items():
                 found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = router

@@ -11,7 +11,7 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dyn_lightning.functional import check_at_least_one
+from dyn_lightning.functional import check_count
 
 
 class ImageDataModule(LightningDataModule):
@@ -42,8 +42,8 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(self, num_classes: int, channels: int, image_size: int, batch_size: int, num_workers: int) -> None:
         super().__init__()
-        check_at_least_one("image_size", image_size)
-        check_at_least_one("batch_size", batch_size)
+        check_count("image_size", image_size)
+        check_count("batch_size", batch_size)
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} must be 0 or more")
         self.num_classes = num_classes
@@ -103,7 +103,7 @@ class _ResumableOrder(DistributedSampler):
 
     @property
     def seen(self) -> int:
-        return self.resume["seen"] if self.resume and self.resume["epoch"] == self.epoch else 0
+        return self.resume["seen"] // self.num_replicas if self.resume and self.resume["epoch"] == self.epoch else 0
 
     def __iter__(self) -> Iterator[Any]:
         for index in itertools.islice(super().__iter__(), self.seen, None):
@@ -138,8 +138,8 @@ class TrainLoader(DataLoader):
             self.order.resume.clear()  # another training with the same data starts from the beginning
 
     def state_dict(self) -> dict[str, int]:
-        """Say which epoch this is, and how many of its images this rank has seen."""
-        return {"epoch": self.order.epoch, "seen": self.seen}
+        """Say which epoch this is, and how many of its images all ranks have seen."""
+        return {"epoch": self.order.epoch, "seen": self.seen * self.order.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where the saved loader stopped."""

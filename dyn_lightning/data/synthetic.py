@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dyn_lightning.data.module import ImageDataModule
-from dyn_lightning.functional import check_at_least_one
+from dyn_lightning.functional import check_count
 
 POOL = 64
 
@@ -43,7 +43,7 @@ class Synthetic(ImageDataModule):
     ) -> None:
         super().__init__(num_classes, channels, image_size, batch_size, num_workers)
         for name, value in (("num_images", num_images), ("num_classes", num_classes), ("channels", channels)):
-            check_at_least_one(name, value)
+            check_count(name, value)
         self.train_set: Dataset = _Noise(num_images, num_classes, channels, image_size)
         self.val_set: Dataset = _Noise(max(1, num_images // 10), num_classes, channels, image_size)
         self.test_set: Dataset | None = self.val_set

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from dyn_lightning.functional import (
     Pair,
     as_padding,
-    as_pair,
+    as_steps,
     check_channels,
     conv2d_arguments,
     conv2d_repr,
@@ -67,10 +67,10 @@ class DynamicConv2d(nn.Module):
         check_channels(in_channels, out_channels, groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = as_pair(kernel_size)
-        self.stride = as_pair(stride)
+        self.kernel_size = as_steps("kernel_size", kernel_size)
+        self.stride = as_steps("stride", stride)
         self.padding = as_padding(padding, self.stride)
-        self.dilation = as_pair(dilation)
+        self.dilation = as_steps("dilation", dilation)
         self.groups = groups
         self.router = SoftmaxAttention(in_channels, num_kernels, reduction, temperature)
         self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, in_channels // groups, *self.kernel_size))

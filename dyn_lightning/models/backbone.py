@@ -1,7 +1,7 @@
 """Backbones by name: the package's own, torchvision's, timm's, or any callable by its dotted path."""
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,8 @@ def build_backbone(name: str, num_classes: int, channels: int, /, **options: Any
             torchvision has the same name), or the dotted path of a callable that returns a module; looked for in this
             order. A callable gets ``num_classes`` and ``in_channels`` if its signature has them.
         num_classes: classes; torchvision's pretrained weights get a new last layer where they have other classes.
-        channels: of the images; a torchvision stem is adapted so that an image with equal channels is seen as before.
+        channels: of the images; torchvision's pretrained weights are adapted so that an image with equal channels is
+            seen as before.
         options: handed to the model, as ``width_mult=0.5``, ``weights="DEFAULT"`` (torchvision) or ``pretrained=True``.
 
     Raises:
@@ -38,13 +39,16 @@ def build_backbone(name: str, num_classes: int, channels: int, /, **options: Any
             return _call(MODELS[name], num_classes, channels, options)
         if name in _torchvision_names():
             return _torchvision(name, num_classes, channels, options)
+        if "." in name and importlib.util.find_spec(name.partition(".")[0]):
+            return _call(import_object(name), num_classes, channels, options)
         if _is_timm(name.removeprefix("timm/")):
             import timm
 
             return timm.create_model(
                 name.removeprefix("timm/"), **{"num_classes": num_classes, "in_chans": channels, **options}
             )
-        return _call(import_object(name), num_classes, channels, options)
+        import_object(name)  # says why it leads to nothing
+        raise AssertionError(name)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         if isinstance(error, UnknownNameError):
             known = [*MODELS, *_torchvision_names(), *_timm_names()]
@@ -113,18 +117,22 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
         model.aux_logits = False
         for branch in {"aux1", "aux2", "AuxLogits"} & {name for name, _ in model.named_children()}:
             setattr(model, branch, None)
-    _adapt_stem(model, channels)
+    _adapt_stem(model, channels, trained=options.get("weights") is not None)
     return model
 
 
 @torch.no_grad()
-def _adapt_stem(model: nn.Module, channels: int) -> None:
+def _adapt_stem(model: nn.Module, channels: int, trained: bool) -> None:
     found = first_conv(model)
     if found is None or found[1].in_channels == channels:
         return
     old = found[1]
-    # Each new channel carries its share of the old sum, so an image with equal channels gives what it gave before.
-    old.weight = nn.Parameter(old.weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels)
+    if trained:
+        # Each new channel carries its share of the old sum, so an image with equal channels gives what it gave before.
+        weight = old.weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
+    else:
+        weight = torch.randn(old.out_channels, channels, *old.kernel_size) * old.weight.std()
+    old.weight = nn.Parameter(weight)
     old.in_channels = channels
 
 

@@ -70,7 +70,11 @@ def main() -> None:
         print(f"{shape!s:30}{times['static']:10.1f}{ratios}  {chosen}", flush=True)
         results.append({"shape": shape, "auto": chosen, **times})
     print("columns after static are times relative to it")
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "device": device_name()}
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device_name(torch.device("cpu")),
+    }
     print(json.dumps({"benchmark": "methods", "batch": BATCH, "kernels": KERNELS, **versions, "results": results}))
 
 
