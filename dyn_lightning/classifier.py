@@ -187,12 +187,14 @@ class ImageClassifier(LightningModule):
                 f"the cosine needs an end, but max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps} give "
                 f"{total} steps: set one of them, or model.scheduler"
             )
-        batches = trainer.num_training_batches
-        data = getattr(trainer, "datamodule", None)
-        if not math.isfinite(batches) and data is not None:  # not loaded yet, as only max_steps is given
-            batches = len(data.train_dataloader())
+        if not math.isfinite(trainer.num_training_batches):  # not loaded yet, as only max_steps is given
+            load: Any = getattr(trainer.fit_loop, "setup_data", None) or getattr(
+                trainer, "reset_train_dataloader", None
+            )
+            load()  # named so in Lightning 2 and 1.9
         epochs = self.hparams["warmup_epochs"]
-        return total, epochs * math.ceil(batches / trainer.accumulate_grad_batches) if epochs else 0
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if epochs else 0
+        return total, epochs * steps
 
     def _make_optimizer(self) -> Optimizer:
         hparams = self.hparams

@@ -222,8 +222,10 @@ def check_count(name: str, value: int) -> None:
     Raises:
         ValueError: it is no whole number, or below 1.
     """
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+    if not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
 
 
 def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:

@@ -65,7 +65,7 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         check_count("num_kernels", num_kernels)
         if not isinstance(reduction, (int, float)) or not 1 <= reduction < math.inf:
-            raise ValueError(f"reduction={reduction!r} must be a number, at least 1")
+            raise ValueError(f"reduction={reduction!r} must be at least 1")
         hidden = max(1, round(in_channels / reduction))
         self.fc1 = nn.Linear(in_channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, num_kernels)

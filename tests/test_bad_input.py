@@ -36,12 +36,12 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return config
 
 
-def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def message(capsys: pytest.CaptureFixture[str], *arguments: str, leaves: tuple[str, ...] = ()) -> str:
     before = set(Path().rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     assert stopped.value.code == 2
-    assert set(Path().rglob("*")) == before
+    assert {path.name for path in set(Path().rglob("*")) - before if "tfevents" not in path.name} == set(leaves)
     printed = capsys.readouterr().err
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in printed
@@ -86,6 +86,15 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("trainer/callbacks/0/init_args/schedule", "cos", "schedule='cos' does not exist"),
         ("trainer/devices", 4096, r"trainer.devices=4096: this machine has \d+ processor cores"),
         ("trainer/accelerator", "abacus", "abacus"),
+        ("trainer/precision", 17, "trainer.precision"),
+        ("best/monitor", "val/acc", "best.monitor: there is no metric 'val/acc'"),
+        ("model/warmup_epochs", -1, "warmup_epochs=-1.0 must be a finite number, 0 or more"),
+        ("model/lr", float("nan"), "lr=nan must be a finite number"),
+        ("model/conv_args", {"num_kernels": "four"}, "num_kernels='four' must be a whole number"),
+        ("model/conv_args", {"num_kernels": 2.5}, "num_kernels=2.5 must be a whole number"),
+        ("data/class_path", "nowhere.Data", "data.*nowhere"),
+        ("data", {"init_args": {"image_size": 8}}, "data: there is no class_path; there are Digits"),
+        ("trainer/logger", {"class_path": "CVSLogger"}, "no class 'CVSLogger', did you mean 'CSVLogger'"),
         ("best/dirpath", "elsewhere", "best.dirpath=elsewhere: checkpoints belong in the run's folder"),
     ],
 )
@@ -101,8 +110,8 @@ def test_in_the_config(path: str, value: Any, says: str, capsys: pytest.CaptureF
         (["--model.l", "3"], "no key 'model.l', did you mean 'model.lr'"),
         (["--nam", "x"], "no key 'nam', did you mean 'name'"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs: 'many' is no int"),
-        (["--ckpt_path", "last"], "no run below runs/small"),
-        (["--ckpt_path", "best"], "no run below runs/small"),
+        (["--ckpt_path", "last"], "no run below runs/small has a checkpoint"),
+        (["--ckpt_path", "best"], "no run below runs/small has a checkpoint"),
         (["--ckpt_path", "nowhere.ckpt"], "--ckpt_path nowhere.ckpt: there is no such file"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -110,6 +119,16 @@ def test_in_the_config(path: str, value: Any, says: str, capsys: pytest.CaptureF
 def test_on_the_command_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(Path())
     assert re.search(says, message(capsys, "--config", "small.yaml", *arguments))
+
+
+@pytest.mark.parametrize("arguments", [["--trainer.max_epochs=-1"], ["--trainer.limit_train_batches=0"]])
+def test_that_only_the_first_step_shows(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's folder is there by then; its record says that and why it failed."""
+    write_config(Path())
+    leaves = ("runs", "small", "version_0", "config.yaml", "run.json")
+    said = message(capsys, "--config", "small.yaml", *arguments, leaves=leaves)
+    assert "the cosine needs an end, but max_epochs=" in said
+    assert "failed: ValueError: the cosine" in Path("runs", "small", "version_0", "run.json").read_text()
 
 
 @pytest.mark.parametrize("text", ["model: {a: b: c", "just words", "- a\n- list\n"])
@@ -160,10 +179,24 @@ class TestCheckpoint:
         said = message(capsys, "--config", str(folder / "small.yaml"), *arguments, "--ckpt_path", saved)
         assert re.search(says, said)
 
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--model.lr", "0.5"], r"model\.lr=0\.5, but .* was trained with 0\.05"),
+            (["--model.optimizer", "Adam"], r"model\.optimizer=Adam, but .* was trained with SGD"),
+        ],
+    )
+    def test_of_another_optimizer(
+        self, folder: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        saved = str(folder / "runs" / "small" / "version_0" / "checkpoints" / "last.ckpt")
+        said = message(capsys, "--config", str(folder / "small.yaml"), *arguments, "--ckpt_path", saved)
+        assert re.search(says, said)
+
     def test_a_run_that_has_none_yet(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         Path("runs", "small", "version_3").mkdir(parents=True)
         said = message(capsys, "--config", str(folder / "small.yaml"), "--ckpt_path", "last")
-        assert "runs/small/version_3 has no last checkpoint yet" in said
+        assert "no run below runs/small has a checkpoint" in said
 
 
 def test_the_traceback_on_demand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ import copy
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pytorch_lightning import LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
 
+from dyn_lightning.record import RunFolder
 from tests.command_line import ROOT, SMALL, fit, write_config
 
 # A run with all that draws random numbers: shuffling, mixup, CutMix.
@@ -49,6 +53,7 @@ class TestQuickstart:
         assert record["metrics"]["test/top1"] >= 0.97
         assert os.path.relpath(record["best_checkpoint"], tmp_path) in printed
         assert f"test/top1        {record['metrics']['test/top1']:.4f}" in printed
+        assert f"its val/top1     {record['best_score']:.4f}" in printed
         board = events(run)
         assert {"train/loss", "val/top1", "temperature"} <= set(board.Tags()["scalars"])
         assert "routing/backbone.layer1.0.conv1/3" in board.Tags()["histograms"]
@@ -127,12 +132,11 @@ class TestResume:
         succeeds(folder, *common, "--ckpt_path", "last")
 
         resumed, whole = folder / "runs" / name / "version_0", folder / "runs" / "whole" / "version_0"
-        if not options:  # with them, the last checkpoint is of step 56, a step before the end
-            ours, theirs = checkpoint(resumed), checkpoint(whole)
-            assert ours["global_step"] == theirs["global_step"] == 57
-            assert all(torch.equal(ours["state_dict"][key], theirs["state_dict"][key]) for key in theirs["state_dict"])
-            assert any(key.endswith("temperature") for key in ours["state_dict"])
-            assert str(ours["optimizer_states"]) == str(theirs["optimizer_states"])
+        ours, theirs = checkpoint(resumed), checkpoint(whole)
+        assert ours["global_step"] == theirs["global_step"] == 57
+        assert all(torch.equal(ours["state_dict"][key], theirs["state_dict"][key]) for key in theirs["state_dict"])
+        assert any(key.endswith("temperature") for key in ours["state_dict"])
+        assert str(ours["optimizer_states"]) == str(theirs["optimizer_states"])
         assert losses(resumed) == losses(whole)
         assert (resumed / "metrics-1.csv").read_text() == before
         steps = [event.step for event in events(resumed).Scalars("train/loss")]
@@ -147,6 +151,24 @@ class TestResume:
         succeeds(folder, *arguments, "--ckpt_path", str(old / "checkpoints" / "last.ckpt"))
         assert checkpoint(folder / "runs" / "whole" / "version_1")["global_step"] == 76
         assert {path: path.read_bytes() for path in sorted(old.rglob("*")) if path.is_file()} == before
+
+    def test_last_is_found_after_the_folder_moved_and_the_option_changed(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder / "runs" / "whole" / "version_0", tmp_path / "runs" / "whole" / "version_0")
+        common = ["--config", str(folder / "small.yaml"), "--name", "whole", *RANDOM, "--ckpt_path", "last"]
+        succeeds(tmp_path, *common, *MID_EPOCH, "--trainer.max_epochs", "4")
+        succeeds(tmp_path, *common, "--trainer.max_epochs", "5")
+        run = RunFolder.newest(tmp_path / "runs", "whole")
+        assert torch.load(run.last(), weights_only=True)["global_step"] == 95
+
+    def test_best_and_a_start_that_failed_before_its_first_checkpoint(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder / "runs" / "whole" / "version_0", tmp_path / "runs" / "whole" / "version_0")
+        (tmp_path / "runs" / "whole" / "version_1").mkdir()
+        two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "32"]
+        common = ["--config", str(folder / "small.yaml"), "--name", "whole", "--trainer.max_epochs", "4", *RANDOM]
+        succeeds(tmp_path, *common, *two, "--ckpt_path", "best")
+        record = json.loads((tmp_path / "runs" / "whole" / "version_2" / "run.json").read_text())
+        assert "version_0/checkpoints/best-epoch=" in record["resumed_from"]
+        assert record["steps"] == 76
 
 
 class TestDistributed:
@@ -189,6 +211,23 @@ class TestDistributed:
 
     def test_one_folder_is_made(self, runs: Path) -> None:
         assert [path.name for path in (runs / "two").iterdir()] == ["version_0"]
+
+
+class Loaders(LightningDataModule):
+    """A user's own data, which says nothing of classes and sizes, and has a test split."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 5), batch_size=4)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_data_of_your_own(tmp_path: Path) -> None:
+    config = {"model": SMALL["model"] | {"num_classes": 5}, "data": {"class_path": "tests.test_fit.Loaders"}}
+    printed = succeeds(tmp_path, "--config", str(write_config(tmp_path, config=SMALL | config)))
+    assert "test/top1" in printed
+    record = json.loads((tmp_path / "runs" / "small" / "version_0" / "run.json").read_text())
+    assert record["multiply_adds"] is None
 
 
 class TestHelp:

@@ -11,6 +11,8 @@ import torch
 
 from dyn_lightning.record import PACKAGES, Record, RunFolder, device_name, git_state, packages
 
+CPU = torch.device("cpu")
+
 
 class TestRunFolder:
     def make(self, root: Path, *names: str) -> None:
@@ -40,45 +42,45 @@ class TestRunFolder:
         self.make(tmp_path, "version_10", "version_9", "version_0", "version_100", "version_x")
         assert [run.number for run in RunFolder.all(tmp_path, "digits")] == [0, 9, 10, 100]
 
-    def test_newest_has_the_highest_number(self, tmp_path: Path) -> None:
-        self.make(tmp_path, "version_10", "version_9")
-        os.utime(tmp_path / "digits" / "version_9")
+    def test_newest_has_the_highest_number_among_those_with_a_checkpoint(self, tmp_path: Path) -> None:
+        for number in (10, 9):
+            checkpoints = tmp_path / "digits" / f"version_{number}" / "checkpoints"
+            checkpoints.mkdir(parents=True)
+            (checkpoints / "last.ckpt").touch()
+        self.make(tmp_path, "version_11")  # stopped before its first checkpoint
         assert RunFolder.newest(tmp_path, "digits").number == 10
 
     def test_other_names_do_not_count(self, tmp_path: Path) -> None:
         self.make(tmp_path, "version_5")
         assert RunFolder.new(tmp_path, "flowers").number == 0
 
-    def test_there_is_no_newest(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=f"there is no run below {tmp_path / 'digits'}: start one without"):
+    @pytest.mark.parametrize("existing", [[], ["version_0"]], ids=["no run", "no checkpoint"])
+    def test_there_is_no_newest(self, existing: list[str], tmp_path: Path) -> None:
+        self.make(tmp_path, *existing)
+        with pytest.raises(ValueError, match=f"no run below {tmp_path / 'digits'} has a checkpoint: start without"):
             RunFolder.newest(tmp_path, "digits")
 
-    @pytest.mark.parametrize(
-        ("which", "names", "expected"),
-        [
-            ("last", ["last.ckpt", "best.ckpt"], "last.ckpt"),
-            ("best", ["last.ckpt", "best-epoch=2.ckpt"], "best-epoch=2.ckpt"),
-            ("best", ["best-epoch=9.ckpt", "best-epoch=10.ckpt", "last.ckpt"], "best-epoch=10.ckpt"),
-            ("best", ["best-epoch=10.ckpt", "best-epoch=9.ckpt"], "best-epoch=9.ckpt"),
-        ],
-    )
-    def test_checkpoint_gives_the_one_written_last(
-        self, which: str, names: list[str], expected: str, tmp_path: Path
-    ) -> None:
+    def test_last_is_the_one_written_last(self, tmp_path: Path) -> None:
         run = RunFolder(tmp_path / "version_0")
         run.checkpoints.mkdir(parents=True)
-        for age, name in enumerate(names):
+        assert run.last() is None
+        for age, name in enumerate(["last.ckpt", "last-v1.ckpt", "best.ckpt"]):
             (run.checkpoints / name).touch()
             os.utime(run.checkpoints / name, (age, age))
-        assert run.checkpoint(which) == run.checkpoints / expected
+        assert run.last() == run.checkpoints / "last-v1.ckpt"
 
-    @pytest.mark.parametrize(("which", "other"), [("last", "best.ckpt"), ("best", "last.ckpt")])
-    def test_there_is_no_checkpoint(self, which: str, other: str, tmp_path: Path) -> None:
+    def test_best_is_what_the_last_checkpoint_says_also_in_a_moved_folder(self, tmp_path: Path) -> None:
         run = RunFolder(tmp_path / "version_0")
         run.checkpoints.mkdir(parents=True)
-        (run.checkpoints / other).touch()
-        with pytest.raises(ValueError, match=f"{run.path} has no {which} checkpoint yet"):
-            run.checkpoint(which)
+        assert run.best() is None
+        for name in ("best-epoch=1.ckpt", "best-epoch=7.ckpt"):
+            (run.checkpoints / name).touch()
+        states = {
+            "ModelCheckpoint{last}": {"monitor": None, "best_model_path": str(run.checkpoints / "last.ckpt")},
+            "ModelCheckpoint{best}": {"monitor": "val/top1", "best_model_path": "/elsewhere/best-epoch=1.ckpt"},
+        }
+        torch.save({"callbacks": states}, run.checkpoints / "last.ckpt")
+        assert run.best() == run.checkpoints / "best-epoch=1.ckpt"
 
     def test_unused_names(self, tmp_path: Path) -> None:
         run, given = RunFolder(tmp_path), []
@@ -99,7 +101,7 @@ class TestRecord:
         return tmp_path / "run.json"
 
     def test_is_there_while_it_runs(self, path: Path) -> None:
-        record = Record(path, 2, seed=3, resumed_from=None)
+        record = Record(path, CPU, 2, seed=3, resumed_from=None)
         assert not path.exists()
         with record:
             facts = read(path)
@@ -111,7 +113,7 @@ class TestRecord:
         }
 
     def test_says_how_it_ended(self, path: Path) -> None:
-        with Record(path, 1) as record:
+        with Record(path, CPU, 1) as record:
             record.facts["metrics"] = {"val/top1": 0.5}
         facts = read(path)
         assert facts == record.facts
@@ -128,7 +130,7 @@ class TestRecord:
         ],
     )
     def test_says_why_it_failed(self, error: BaseException, status: str, path: Path) -> None:
-        with pytest.raises(type(error)), Record(path, 1):
+        with pytest.raises(type(error)), Record(path, CPU, 1):
             raise error
         facts = read(path)
         assert facts["status"] == status
@@ -138,20 +140,20 @@ class TestRecord:
     def test_device_hours(self, devices: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         times = iter([100.0, 1900.0])
         monkeypatch.setattr(time, "monotonic", lambda: next(times))
-        with Record(path, devices):
+        with Record(path, CPU, devices):
             pass
         facts = read(path)
         assert facts["seconds"] == 1800
         assert facts["device_hours"] == devices * 0.5
 
     def test_seconds_are_measured(self, path: Path) -> None:
-        with Record(path, 1):
+        with Record(path, CPU, 1):
             time.sleep(0.05)
         assert 0.05 <= read(path)["seconds"] < 5
 
     def test_is_never_half_written(self, path: Path) -> None:
         """What cannot be written leaves what was written before."""
-        with pytest.raises(TypeError), Record(path, 1) as record:
+        with pytest.raises(TypeError), Record(path, CPU, 1) as record:
             record.facts["object"] = object()
         assert read(path)["status"] == "running"
 
@@ -164,14 +166,14 @@ class TestRecord:
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", look)
-        with Record(path, 1):
+        with Record(path, CPU, 1):
             pass
         assert seen == [(False, "running"), ("running", "finished")]
         assert [file.name for file in path.parent.iterdir()] == ["run.json"]
 
     def test_is_json_even_where_a_metric_is_no_number(self, path: Path) -> None:
         """NaN is no JSON: other programs refuse the whole file."""
-        with Record(path, 1) as record:
+        with Record(path, CPU, 1) as record:
             record.facts["metrics"] = {"val/loss": float("nan"), "val/top1": 0.5}
         found = []
         facts = json.loads(path.read_text(), parse_constant=found.append)
@@ -180,7 +182,7 @@ class TestRecord:
 
     def test_other_ranks_write_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        with Record(None, 2) as record:
+        with Record(None, CPU, 2) as record:
             pass
         assert record.facts["status"] == "finished"
         assert list(tmp_path.iterdir()) == []
@@ -228,7 +230,7 @@ class TestGit:
 
     def test_the_diff_can_be_written_whatever_it_holds(self, folder: Path, commit: str) -> None:
         (folder / "a.py").write_bytes(b"a = '\xff\xfe'\n")
-        with Record(folder / "run.json", 1):
+        with Record(folder / "run.json", CPU, 1):
             pass
         assert "a.py" in read(folder / "run.json")["git"]["diff"]
 
@@ -256,5 +258,5 @@ def test_a_package_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyP
 
 
 def test_device_name() -> None:
-    name = device_name()
+    name = device_name(CPU)
     assert torch.cuda.is_available() or f"{torch.get_num_threads()} threads" in name

@@ -81,18 +81,12 @@ def test_models_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_backbone("own", 7, 1).conv.in_channels == 1
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 5])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_the_stem_keeps_the_output_for_equal_channels(name: str, channels: int) -> None:
-    torch.manual_seed(1)
-    colour = randomize_norms_(build_backbone(name, 7, 3)).double().eval()
-    torch.manual_seed(1)
-    other = randomize_norms_(build_backbone(name, 7, channels)).double().eval()
-    grey = torch.randn(2, 1, 33, 32, dtype=torch.float64)
-    expected = colour(grey.expand(-1, 3, -1, -1))
-    # The weights were divided in float32.
-    torch.testing.assert_close(other(grey.expand(-1, channels, -1, -1)), expected, rtol=1e-4, atol=1e-5)
-    assert expected.std() > 1e-2
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_new_stem_is_as_large_as_the_old_and_its_channels_differ(channels: int) -> None:
+    stem, old = build_backbone("resnet18", 7, channels).conv1, torchvision.models.resnet18().conv1
+    assert stem.in_channels == stem.weight.shape[1] == channels
+    assert stem.weight.std().item() == pytest.approx(old.weight.std().item(), rel=0.1)
+    assert channels == 1 or not torch.equal(stem.weight[:, 0], stem.weight[:, -1])
 
 
 def test_the_stem_is_left_where_channels_agree() -> None:
@@ -128,9 +122,19 @@ class TestPretrained:
         if num_classes == 1000:
             assert torch.equal(model.fc.weight, state["fc.weight"])
 
-    def test_weights_and_other_channels(self, state: dict[str, Tensor]) -> None:
-        model = build_backbone("resnet18", 10, 1, weights="DEFAULT")
-        torch.testing.assert_close(model.conv1.weight, state["conv1.weight"].sum(1, keepdim=True))
+    @pytest.mark.parametrize("channels", [1, 2, 4, 5])
+    @pytest.mark.parametrize("state", ["resnet18", "mobilenet_v2"], indirect=True)
+    def test_other_channels_keep_the_output_for_equal_channels(
+        self, state: dict[str, Tensor], channels: int, request: pytest.FixtureRequest
+    ) -> None:
+        name = request.node.callspec.params["state"]
+        colour = build_backbone(name, 1000, 3, weights="DEFAULT").double().eval()
+        other = build_backbone(name, 1000, channels, weights="DEFAULT").double().eval()
+        grey = torch.randn(2, 1, 33, 32, dtype=torch.float64)
+        expected = colour(grey.expand(-1, 3, -1, -1))
+        # The weights were divided in float32.
+        torch.testing.assert_close(other(grey.expand(-1, channels, -1, -1)), expected, rtol=1e-4, atol=1e-5)
+        assert expected.std() > 1e-2
 
     @pytest.mark.parametrize("state", ["squeezenet1_1"], indirect=True)
     @pytest.mark.parametrize("num_classes", [1000, 10])
