@@ -89,7 +89,7 @@ def choose_method(
     Returns:
         ``"mixture"`` for an empty batch (a convolution cannot have 0 groups) and where the output has so few positions
         that K convolutions cost less than writing and reading B mixed kernels; else ``"matmul"`` for 1x1 kernels, else
-        ``"grouped"``. The limits of 4 and 196 positions are about where the times cross on a two-core CPU with K = 4 and
+        ``"grouped"``. The limits of 4 and 196 positions are about where the times cross on a two-core CPU, K = 4,
         batch 32. One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
     """
     batch, kernel_size = input.shape[0], (weight.shape[3], weight.shape[4])
