@@ -23,6 +23,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 import dyn_lightning.callbacks
 import dyn_lightning.data
@@ -127,7 +128,6 @@ class CLI(LightningCLI):
         data_parser.add_subclass_arguments(LightningDataModule, "data")
         self.datamodule = data_parser.instantiate_classes(Namespace(data=config.data)).data
         take_from_data(config.model, self.datamodule)
-        config.best.dirpath = config.last.dirpath = str(self.folder.checkpoints) if self.folder else None
         self.config_init = self.parser.instantiate_classes(Namespace({**vars(config), "data": self.datamodule}))
         self.model = self.config_init.model
         logged = ["train/loss", "val/loss", *self.model.val_metrics]
@@ -135,14 +135,29 @@ class CLI(LightningCLI):
             raise ValueError(f"best.monitor: {unknown(config.best.monitor, logged, 'metric')}")
         if self.checkpoint is not None:
             self.step = check_checkpoint(self.checkpoint, self.model)
-        self.trainer = self.instantiate_trainer(**self._trainer_defaults())
+        self._claim_folder()
+        try:
+            self.trainer = self.instantiate_trainer(**self._trainer_defaults())
+        except Exception:
+            if self.folder is not None:
+                self.folder.give_back()
+            raise
+
+    def _claim_folder(self) -> None:
+        """Create the run's folder, now that all but the trainer is known to be right; rank 0 does it for all."""
+        if self.folder is None:
+            return
+        if getattr(rank_zero_only, "rank", 0) == 0 and self.config.ckpt_path != "last":
+            self.folder = self.folder.claim()
+        for checkpoint in (self.config_init.best, self.config_init.last):
+            checkpoint.dirpath = str(self.folder.checkpoints.absolute())
 
     def save_config(self) -> None:
         """Write the resolved configuration to the run's folder, beside those of earlier starts."""
         if self.folder is None:
             return
         config = self.config.clone()
-        config.best.dirpath = config.last.dirpath = config.config = config.ckpt_path = None
+        config.config = config.ckpt_path = None
         text = self.parser.dump(config, skip_none=False)
         self.folder.unused("config.yaml").write_text(text, encoding="utf8")
 

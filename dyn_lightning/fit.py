@@ -42,7 +42,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def prepare(cli: CLI) -> Record:
-    """Create the run's folder and its record."""
+    """Fill the run's folder, and begin its record."""
     hparams = cli.model.hparams
     shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
     facts: dict[str, Any] = {
@@ -53,8 +53,6 @@ def prepare(cli: CLI) -> Record:
     }
     path = None
     if cli.folder is not None and cli.trainer.is_global_zero:
-        # Taken only now: a start that failed before leaves nothing behind.
-        cli.folder.path.mkdir(parents=True, exist_ok=cli.config.ckpt_path == "last")
         for logger in cli.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 keep_metrics(logger, cli.step)
@@ -68,9 +66,12 @@ def prepare(cli: CLI) -> Record:
 
 def save_last(cli: CLI) -> None:
     """Save the final weights, where the last checkpoint was saved some steps before the end."""
-    path = cli.config_init.last.best_model_path
-    if path and torch.load(path, weights_only=True, mmap=True)["global_step"] != cli.trainer.global_step:
-        cli.trainer.save_checkpoint(path)
+    trainer, path, stale = cli.trainer, cli.config_init.last.best_model_path, False
+    if path and trainer.is_global_zero:
+        stale = torch.load(path, weights_only=True, mmap=True)["global_step"] != trainer.global_step
+    # Rank 0 decides for all: saving is a collective, and another rank may read the file when it is already new.
+    if trainer.strategy.broadcast(stale):
+        trainer.save_checkpoint(path)
 
 
 def has_test_split(data: LightningDataModule) -> bool:

@@ -1,5 +1,6 @@
 """The folder of a run, and the record that says how its results came to be."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -36,6 +37,20 @@ class RunFolder:
     def new(cls, root: Path, name: str) -> "RunFolder":
         """Take the next free number, without creating the folder."""
         return cls(root / name / f"version_{max((run.number for run in cls.all(root, name)), default=-1) + 1}")
+
+    def claim(self) -> "RunFolder":
+        """Create the folder, or the next one if somebody else was faster."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            return RunFolder(self.path.with_name(f"version_{self.number + 1}")).claim()
+        return self
+
+    def give_back(self) -> None:
+        """Remove the folder and those above it that are empty."""
+        for path in (self.path, self.path.parent, self.path.parent.parent):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     @classmethod
     def all(cls, root: Path, name: str) -> "list[RunFolder]":

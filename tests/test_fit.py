@@ -183,7 +183,7 @@ class TestDistributed:
         arguments = ["--config", str(write_config(folder, config=config)), "--trainer.max_epochs", "2"]
         succeeds(folder, *arguments, "--name", "one")
         two = ["--name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "32"]
-        succeeds(folder, *arguments, *two)
+        succeeds(folder, *arguments, *two, *MID_EPOCH)
         return folder / "runs"
 
     def test_the_loss_curves_are_equal(self, runs: Path) -> None:
@@ -208,6 +208,9 @@ class TestDistributed:
                 assert ours.step == theirs.step
                 assert ours.histogram_value.num == theirs.histogram_value.num == 64
                 assert ours.histogram_value.sum == pytest.approx(theirs.histogram_value.sum, abs=1e-4)
+
+    def test_the_final_weights_are_saved(self, runs: Path) -> None:
+        assert checkpoint(runs / "two" / "version_0")["global_step"] == 38
 
     def test_one_folder_is_made(self, runs: Path) -> None:
         assert [path.name for path in (runs / "two").iterdir()] == ["version_0"]

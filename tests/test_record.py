@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ class TestRunFolder:
         assert run.number == number
         assert run.checkpoints == run.path / "checkpoints"
         assert not run.path.exists()
+
+    def test_claims_are_never_shared(self, tmp_path: Path) -> None:
+        """Runs that start at the same moment see the same next number."""
+        runs = [RunFolder.new(tmp_path, "digits") for _ in range(4)]
+        with ThreadPoolExecutor() as pool:
+            claimed = list(pool.map(RunFolder.claim, runs))
+        assert sorted(run.number for run in claimed) == [0, 1, 2, 3]
+        assert all(run.path.is_dir() for run in claimed)
+
+    def test_giving_back_removes_what_is_empty(self, tmp_path: Path) -> None:
+        first, second = (RunFolder.new(tmp_path / "runs", "digits").claim() for _ in range(2))
+        (first.path / "run.json").touch()
+        first.give_back()
+        second.give_back()
+        assert first.path.is_dir()
+        assert not second.path.exists()
+        (first.path / "run.json").unlink()
+        first.give_back()
+        assert list(tmp_path.iterdir()) == []
 
     def test_all_is_in_the_order_of_numbers(self, tmp_path: Path) -> None:
         self.make(tmp_path, "version_10", "version_9", "version_0", "version_100", "version_x")
