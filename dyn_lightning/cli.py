@@ -104,6 +104,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run, find what to resume, and check what no class checks."""
         config = self.config
+        for group in ("trainer", "model", "best", "last"):
+            if not isinstance(config[group], Namespace):
+                raise ValueError(f"{group}: {config[group]!r} is no mapping of keys")
         if config.name is None:
             config.name = "-".join(Path(str(path)).stem for path in config.config or []) or "fit"
         check_devices(config.trainer.accelerator, config.trainer.devices)

@@ -87,6 +87,8 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str, leaves: tuple[s
         ("trainer/devices", 4096, r"trainer.devices=4096: this machine has \d+ processor cores"),
         ("trainer/accelerator", "abacus", "abacus"),
         ("trainer/precision", 17, "trainer.precision"),
+        ("trainer", 3, "trainer: 3 is no mapping of keys"),
+        ("model", 3, "model: 3 is no mapping of keys"),
         ("best/monitor", "val/acc", "best.monitor: there is no metric 'val/acc'"),
         ("model/warmup_epochs", -1, "warmup_epochs=-1.0 must be a finite number, 0 or more"),
         ("model/lr", float("nan"), "lr=nan must be a finite number"),
