@@ -39,25 +39,23 @@ def build_backbone(name: str, num_classes: int, channels: int, /, **options: Any
             return _call(MODELS[name], num_classes, channels, options)
         if name in _torchvision_names():
             return _torchvision(name, num_classes, channels, options)
-        if "." in name and importlib.util.find_spec(name.partition(".")[0]):
-            return _call(import_object(name), num_classes, channels, options)
-        if _is_timm(name.removeprefix("timm/")):
+        # A path is followed before timm is imported; timm's names have dots too, but no package is called resnet18.
+        path = "." in name and importlib.util.find_spec(name.partition(".")[0]) is not None
+        timm_name = name.removeprefix("timm/")
+        if not path and _is_timm(timm_name):
             import timm
 
-            return timm.create_model(
-                name.removeprefix("timm/"), **{"num_classes": num_classes, "in_chans": channels, **options}
-            )
-        import_object(name)  # says why it leads to nothing
-        raise AssertionError(name)
+            return timm.create_model(timm_name, **{"num_classes": num_classes, "in_chans": channels, **options})
+        return _call(import_object(name), num_classes, channels, options)
+    except UnknownNameError as error:
+        known = [*MODELS, *_torchvision_names(), *_timm_names()]
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"backbone={name!r} does not exist{hint} ({error}). There are {', '.join(MODELS)}; torchvision's "
+            f"{', '.join(_torchvision_names())}; timm's names (if installed); and dotted paths as my_package.MyNet"
+        ) from error
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        if isinstance(error, UnknownNameError):
-            known = [*MODELS, *_torchvision_names(), *_timm_names()]
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(
-                f"backbone={name!r} does not exist{hint} ({error}). There are {', '.join(MODELS)}; torchvision's "
-                f"{', '.join(_torchvision_names())}; timm's names (if installed); and dotted paths as my_package.MyNet"
-            ) from error
         raise ValueError(f"backbone={name!r} with {options}: {error}") from error
 
 
