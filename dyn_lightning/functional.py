@@ -1,4 +1,4 @@
-"""Functions that the layers share: the per-sample convolution, its equal-valued methods, and nn.Conv2d's bookkeeping.
+"""What the layers share: the per-sample convolution, its equal-valued methods, and nn.Conv2d's bookkeeping.
 
 Axis letters: b sample, k kernel, g group, o output channel, i input channel of a group, h w kernel rows and columns,
 y x output rows and columns, p position (y and x as one axis).
@@ -37,7 +37,8 @@ def dynamic_conv2d(
         weight: ``(K, C_out, C_in / groups, kH, kW)``, the K kernels.
         bias: ``(K, C_out)``, mixed by the same routing weights, or None.
         stride: as in ``torch.nn.functional.conv2d``.
-        padding: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included.
+        padding: as in ``torch.nn.functional.conv2d``, ``"same"`` and ``"valid"`` included. ``"same"`` may have a
+            stride, as in TensorFlow: H' is H / stride, rounded up; an odd row of zeros is added below, a column right.
         dilation: as in ``torch.nn.functional.conv2d``.
         groups: as in ``torch.nn.functional.conv2d``.
         method: ``"grouped"`` mixes the kernels and puts the batch into the groups of one convolution, ``"matmul"``
@@ -58,14 +59,13 @@ def dynamic_conv2d(
     _check_shapes(input, routing, weight, bias, groups)
     kernel_size = (weight.shape[3], weight.shape[4])
     stride, dilation = as_steps("stride", stride), as_steps("dilation", dilation)
-    input, padding = _explicit_padding(input, padding, kernel_size, stride, dilation)
+    input, padding = _explicit_padding(input, as_padding(padding), kernel_size, stride, dilation)
     if method == "auto":
         method = choose_method(input, weight, stride, padding, dilation, groups)
     elif method not in METHODS:
         raise ValueError(f"method={method!r} does not exist, choose one of {['auto', *METHODS]}")
     geometry = _Geometry(stride, padding, dilation, groups)
-    output = METHODS[method](input, routing.to(weight.dtype), weight, bias, geometry)
-    return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
+    return in_format_of(input, METHODS[method](input, routing.to(weight.dtype), weight, bias, geometry))
 
 
 def choose_method(
@@ -152,6 +152,50 @@ def _mixture(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None
 METHODS: dict[str, Callable[..., Tensor]] = {"grouped": _grouped, "matmul": _matmul, "mixture": _mixture}
 
 
+def in_format_of(input: Tensor, output: Tensor) -> Tensor:
+    """Lay out an output as its input is: channels_last, or contiguous."""
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def add_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias ``(C,)`` to ``(B, C, H, W)``."""
+    return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+
+
+def under_kernels(input: Tensor, kernel_size: Pair, padding: Pair | str, dilation: Pair) -> Tensor:
+    """Cut or pad a map so that its pixel 0 lies under the middle of the convolution's first kernel position.
+
+    Every ``stride``-th of its pixels then lies under the middle of one, so that its size divided by the stride, rounded
+    up, is that of the convolution's output, for odd sizes too.
+
+    Example:
+        >>> under_kernels(torch.zeros(1, 1, 15, 7), (3, 3), (1, 0), (1, 1)).shape
+        torch.Size([1, 1, 15, 5])
+    """
+    if padding == "same":
+        return input
+    rows, columns = (0, 0) if isinstance(padding, str) else padding
+    sides: list[int] = []
+    for i, zeros in ((1, columns), (0, rows)):  # F.pad begins with the columns
+        reach = dilation[i] * (kernel_size[i] - 1)
+        sides += (zeros - reach // 2, zeros - (reach - reach // 2))
+    return F.pad(input, sides) if any(sides) else input
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that can also train on one value a channel (one sample, pooled), which has no variance.
+
+    Such a batch is normalised by the running statistics, which it leaves as they are.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``(B, C, H, W)``."""
+        if self.training and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
 def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Give the rows and columns of a convolution's output, as ``nn.Conv2d`` has them.
 
@@ -189,19 +233,36 @@ def as_steps(name: str, value: int | Pair | list[int]) -> Pair:
     return steps
 
 
-def as_padding(value: int | Pair | list[int] | str, stride: Pair) -> Pair | str:
+def as_padding(value: int | Pair | list[int] | str) -> Pair | str:
     """Bring padding to (rows, columns), or keep ``"same"`` and ``"valid"``.
 
     Raises:
-        ValueError: another string, or ``"same"`` with a stride.
+        ValueError: another string, or neither one nor two whole numbers.
     """
     if not isinstance(value, str):
         return as_pair(value)
     if value not in ("same", "valid"):
         raise ValueError(f"padding={value!r} must be 'same', 'valid', a whole number or two of them")
-    if value == "same" and stride != (1, 1):
-        raise ValueError(f"padding='same' needs stride=1, not stride={stride}; give the padding as numbers")
     return value
+
+
+def as_geometry(
+    kernel_size: int | Pair,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    strided_same: bool = False,
+) -> tuple[Pair, Pair, Pair | str, Pair]:
+    """Bring kernel size, stride, padding and dilation to what ``nn.Conv2d`` holds.
+
+    Raises:
+        ValueError: not whole numbers, one below 1, an unknown padding, or ``"same"`` with a stride where the layer has
+            no ``strided_same``.
+    """
+    strides, paddings = as_steps("stride", stride), as_padding(padding)
+    if paddings == "same" and strides != (1, 1) and not strided_same:
+        raise ValueError(f"padding='same' needs stride=1, not stride={strides}; give the padding as numbers")
+    return as_steps("kernel_size", kernel_size), strides, paddings, as_steps("dilation", dilation)
 
 
 def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
@@ -216,16 +277,16 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
         raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
     """Check a count.
 
     Raises:
-        ValueError: it is no whole number, or below 1.
+        ValueError: it is no whole number, or below the least.
     """
     if not isinstance(value, int):
         raise ValueError(f"{name}={value!r} must be a whole number")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:
@@ -239,18 +300,29 @@ def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:
         nn.init.zeros_(bias)
 
 
-def conv2d_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """Read from a convolution the arguments that build another of the same shape.
+def conv2d_arguments(conv: Any) -> dict[str, Any]:
+    """Read from a convolution, or a drop-in for one, the arguments that build another of the same shape.
 
     Raises:
         ValueError: a padding mode other than zeros.
     """
-    if conv.padding_mode != "zeros":
-        raise ValueError(
-            f"padding_mode={conv.padding_mode!r} is not supported, only 'zeros' is: leave this layer static"
-        )
+    mode = getattr(conv, "padding_mode", "zeros")
+    if mode != "zeros":
+        raise ValueError(f"padding_mode={mode!r} is not supported, only 'zeros' is: leave this layer static")
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+
+
+def copy_bias_(layer: Any, conv: Any) -> None:
+    """Copy a convolution's bias, where there is one, to a layer of the same arguments."""
+    if conv.bias is not None:
+        layer.bias.copy_(conv.bias)
+
+
+def copy_first_kernels_(layer: Any, conv: nn.Conv2d) -> None:
+    """Copy of each group as many kernels as a convolution with fewer output channels has."""
+    count = layer.out_channels // layer.groups
+    layer.weight.copy_(conv.weight.unflatten(0, (conv.groups, -1))[:, :count].flatten(0, 1))
 
 
 def conv2d_repr(layer: Any) -> str:
@@ -283,19 +355,17 @@ def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _explicit_padding(
-    input: Tensor, padding: int | Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
+    input: Tensor, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
 ) -> tuple[Tensor, Pair]:
     """Turn 'same' and 'valid' into numbers; what 'same' has more on one side is padded here."""
-    padding = as_padding(padding, stride)
     if not isinstance(padding, str):
         return input, padding
     if padding == "valid":
         return input, (0, 0)
-    rows, columns = (dilation[i] * (kernel_size[i] - 1) for i in (0, 1))
+    rows, columns = (
+        max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
+        for size, length, step, distance in zip(input.shape[2:], kernel_size, stride, dilation, strict=True)
+    )
     if rows % 2 or columns % 2:
         input = F.pad(input, (0, columns % 2, 0, rows % 2))
     return input, (rows // 2, columns // 2)
-
-
-def _is_channels_last(input: Tensor) -> bool:
-    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()

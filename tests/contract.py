@@ -1,4 +1,6 @@
-"""What every layer owes its caller. The test class of a layer inherits ``LayerContract`` and supplies two functions."""
+"""What every layer owes its caller. The test class of a layer inherits ``LayerContract`` and supplies ``layer``,
+``options`` and ``slowly``.
+"""
 
 import copy
 import re
@@ -30,18 +32,42 @@ SHAPES = [(3, (7, 6)), (3, (17, 15)), (1, (7, 6))]
 class LayerContract:
     """The tests of any drop-in for ``nn.Conv2d``; unequal sizes everywhere, so that no swapped axis passes."""
 
+    layer: ClassVar[Any]  # the class
+    options: ClassVar[dict[str, Any]] = {}  # its own, small
     geometry: ClassVar[dict[str, Any]] = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+    scale: ClassVar[float] = 1.0  # of the noise in the parameters; layers of several convolutions need a smaller one
+    straight_through: ClassVar[tuple[str, ...]] = ()  # parameters whose gradient is not that of the output
+    keeps_output: ClassVar[bool] = True  # whether from_conv does
+
+    def excluded(self, **geometry: Any) -> str:
+        """Give what the constructor says of a geometry that the layer's definition excludes, else nothing."""
+        return ""
+
+    def excluded_conv(self, **geometry: Any) -> str:
+        """Give what ``from_conv`` says of a convolution that it cannot take, else nothing."""
+        return self.excluded(**geometry)
 
     def make(self, **kw: Any) -> nn.Module:
-        """Build the layer: ``geometry``, small options of its own, and over both what ``kw`` says."""
-        raise NotImplementedError
+        """Build the layer: ``geometry``, ``options``, and over both what ``kw`` says."""
+        return self.layer(**{**self.geometry, **self.options, **kw})
+
+    def from_conv(self, conv: nn.Conv2d) -> nn.Module:
+        return self.layer.from_conv(conv, **self.options)
 
     def slowly(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Give the paper's equation, one sample at a time."""
         raise NotImplementedError
 
     def noisy(self, dtype: torch.dtype = torch.float64, seed: int = 0, **kw: Any) -> nn.Module:
-        return fill_with_noise_(self.make(**kw).to(dtype), seed)
+        return fill_with_noise_(self.make(**kw).to(dtype), seed, self.scale).eval()
+
+    def refuses(self, **geometry: Any) -> bool:
+        """Check that the layer refuses what its definition excludes, and say whether it does."""
+        message = self.excluded(**{**self.geometry, "groups": 1, **geometry})
+        if message:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                self.make(**geometry)
+        return bool(message)
 
     def static(self, dtype: torch.dtype = torch.float64, **kw: Any) -> nn.Conv2d:
         return fill_with_noise_(nn.Conv2d(**{**self.geometry, **kw}).to(dtype))
@@ -50,6 +76,8 @@ class LayerContract:
         return torch.randn(batch, self.geometry["in_channels"], *size, dtype=dtype)
 
     def assert_equals_the_equation(self, x: Tensor, **geometry: Any) -> None:
+        if self.refuses(**geometry):
+            return
         layer = self.noisy(**geometry)
         assert layer(x).shape == self.static(**geometry)(x).shape
         assert_close(layer(x), self.slowly(layer, x))
@@ -70,11 +98,31 @@ class LayerContract:
     def test_equals_the_equation_at_any_size(self, size: tuple[int, int], kernel_size: Any, stride: Any) -> None:
         self.assert_equals_the_equation(self.images(size=size), kernel_size=kernel_size, stride=stride, padding=2)
 
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("multiplier", [1, 2])
+    def test_equals_the_equation_with_a_group_a_channel(self, multiplier: int, bias: bool) -> None:
+        self.assert_equals_the_equation(self.images(), out_channels=4 * multiplier, groups=4, stride=2, bias=bias)
+
     def test_takes_one_input_channel(self) -> None:
         self.assert_equals_the_equation(self.images()[:, :1], in_channels=1)
 
+    def test_trains_with_the_batch_s_statistics(self) -> None:
+        layer, x = self.noisy(stride=2, padding=1).train(), self.images(3)
+        norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
+        seen = {}
+
+        def see(norm: nn.Module, args: tuple[Tensor]) -> None:
+            seen[norm] = torch.var_mean(args[0].detach(), (0, 2, 3), correction=0)
+
+        hooks = [norm.register_forward_pre_hook(see) for norm in norms]
+        y = layer(x)
+        for norm, hook in zip(norms, hooks, strict=True):
+            hook.remove()
+            norm.running_var, norm.running_mean = seen[norm]
+        assert_close(layer.eval()(x), y)
+
     def test_samples_do_not_see_each_other(self) -> None:
-        layer, x = self.noisy().eval(), self.images(3)
+        layer, x = self.noisy(), self.images(3)
         assert_close(layer(x)[1:2], layer(x[1:2]))
 
     @pytest.mark.parametrize("training", [True, False])
@@ -91,8 +139,10 @@ class LayerContract:
     # Gradients
 
     def test_gradcheck(self) -> None:
-        layer, x = self.noisy(groups=2), self.images(size=(4, 3)).requires_grad_()
-        names, parameters = zip(*layer.named_parameters(), strict=True)
+        groups = 1 if self.refuses(groups=2) else 2
+        layer, x = self.noisy(groups=groups), self.images(size=(4, 3)).requires_grad_()
+        named = [(name, value) for name, value in layer.named_parameters() if name not in self.straight_through]
+        names, parameters = zip(*named, strict=True)
 
         def function(x: Tensor, *values: Tensor) -> Tensor:
             return functional_call(layer, dict(zip(names, values, strict=True)), (x,))
@@ -150,11 +200,15 @@ class LayerContract:
             named_routers(layer), torch.float32
         )
 
-    @pytest.mark.parametrize(("backend", "kernel_size"), [("inductor", 3), ("aot_eager", 1)])
-    def test_compiles_to_one_graph(self, backend: str, kernel_size: int) -> None:
+    @pytest.mark.parametrize(
+        ("backend", "kernel_size", "training"),
+        [("inductor", 3, False), ("aot_eager", 1, False), ("aot_eager", 3, True)],
+    )
+    def test_compiles_to_one_graph(self, backend: str, kernel_size: int, training: bool) -> None:
         if backend == "inductor" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             pytest.skip("inductor needs a C++ compiler")
         layer, x = self.noisy(torch.float32, kernel_size=kernel_size), self.images(dtype=torch.float32).requires_grad_()
+        layer.train(training)
         torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
         inputs = (x, *layer.parameters())
@@ -177,19 +231,27 @@ class LayerContract:
         ],
         ids=str,
     )
-    def test_from_conv_keeps_the_output(self, geometry: dict[str, Any], dtype: torch.dtype) -> None:
+    def test_from_conv(self, geometry: dict[str, Any], dtype: torch.dtype) -> None:
         conv, x = self.static(dtype, **geometry), self.images(dtype=dtype)
+        if message := self.excluded_conv(**{**self.geometry, "groups": 1, **geometry}):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                self.from_conv(conv)
+            return
         before = copy.deepcopy(conv)
-        layer = type(self.make()).from_conv(conv)
-        assert_close(layer(x), conv(x))
-        assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+        layer = self.from_conv(conv).eval()
+        assert layer(x).shape == conv(x).shape
+        if self.keeps_output:
+            assert_close(layer(x), conv(x))
+        elif conv.bias is not None:
+            assert torch.equal(layer.bias, conv.bias)
+        assert {value.dtype for name, value in layer.named_parameters() if name not in self.straight_through} == {dtype}
         assert all(parameter.requires_grad for parameter in layer.parameters())
         fill_with_noise_(layer, seed=1)
         assert torch.equal(conv(x), before(x))
 
     def test_from_conv_refuses_a_padding_mode(self) -> None:
         with pytest.raises(ValueError, match="padding_mode='reflect' is not supported, only 'zeros' is"):
-            type(self.make()).from_conv(self.static(padding_mode="reflect", padding=1))
+            self.from_conv(self.static(padding_mode="reflect", padding=1))
 
     # Constructor and description
 
@@ -219,6 +281,8 @@ class LayerContract:
         ids=str,
     )
     def test_describes_itself_as_conv2d_does(self, geometry: dict[str, Any]) -> None:
+        if self.refuses(**geometry):
+            return
         layer, conv = self.make(**geometry), nn.Conv2d(**{**self.geometry, **geometry})
         assert conv.extra_repr() in layer.extra_repr()
         assert layer.extra_repr() in repr(layer)
@@ -267,7 +331,7 @@ class MixtureContract(LayerContract):
         assert not layer.bias.any()
 
     def test_upcycled_kernels_part_after_one_step(self) -> None:
-        layer, x = type(self.make()).from_conv(self.static()), self.images(5)
+        layer, x = self.from_conv(self.static()), self.images(5)
         before = layer.weight.detach().clone()
         layer(x).square().mean().backward()
         torch.optim.SGD(layer.parameters(), lr=0.1).step()

@@ -9,11 +9,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @torch.no_grad()
-def fill_with_noise_(module: Module, seed: int = 0) -> Module:
+def fill_with_noise_(module: Module, seed: int = 0, scale: float = 1.0) -> Module:
     """Draw every parameter and every batch norm's statistics; the same numbers for the same seed, in any dtype."""
     generator = Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return randomize_norms_(module, seed)
 
 

@@ -2,11 +2,21 @@ import math
 from typing import Any
 
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.functional import METHODS, choose_method, dynamic_conv2d, init_kernels_, mix_kernels, output_size
+from dyn_lightning.functional import (
+    METHODS,
+    BatchNorm2d,
+    as_pair,
+    choose_method,
+    dynamic_conv2d,
+    init_kernels_,
+    mix_kernels,
+    output_size,
+)
 from tests.contract import GEOMETRIES
 from tests.tolerances import assert_close
 
@@ -155,13 +165,25 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             dynamic_conv2d(*draw(), method="fast")
 
-    def test_same_padding_needs_stride_one(self) -> None:
-        with pytest.raises(ValueError, match=r"padding='same' needs stride=1, not stride=\(2, 2\)"):
-            dynamic_conv2d(*draw(), stride=2, padding="same")
-
     def test_unknown_padding(self) -> None:
         with pytest.raises(ValueError, match="padding='full' must be 'same', 'valid', a whole number or two of them"):
             dynamic_conv2d(*draw(), padding="full")
+
+
+@every_method
+@pytest.mark.parametrize("size", [(7, 6), (12, 13), (1, 2)])
+@pytest.mark.parametrize("stride", [2, (3, 1)])
+@pytest.mark.parametrize("dilation", [1, (1, 2)])
+@pytest.mark.parametrize("kernel_size", [(3, 3), (2, 5), (1, 1)])
+def test_same_padding_with_a_stride_is_tensorflow_s(
+    kernel_size: tuple[int, int], dilation: Any, stride: Any, size: tuple[int, int], method: str
+) -> None:
+    input, routing, weight, bias = draw(size=size, kernel_size=kernel_size)
+    geometry = {"stride": stride, "dilation": dilation}
+    y = dynamic_conv2d(input, routing, weight, bias, padding="same", method=method, **geometry)
+    padded = timm.layers.pad_same(input, kernel_size, as_pair(stride), as_pair(dilation))
+    assert_close(y, loop(padded, routing, weight, bias, **geometry))
+    assert y.shape[2:] == tuple(math.ceil(length / step) for length, step in zip(size, as_pair(stride), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -205,3 +227,21 @@ def test_init_kernels_has_the_fan_of_one_kernel() -> None:
     bound = 1 / math.sqrt(8 * 3 * 3)
     assert weight.abs().amax((1, 2, 3, 4)).tolist() == [pytest.approx(bound, rel=0.01)] * 3
     assert not bias.any()
+
+
+class TestBatchNorm2d:
+    @pytest.mark.parametrize("shape", [(1, 3, 2, 1), (2, 3, 1, 1), (0, 3, 1, 1)])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_is_torch_s(self, training: bool, shape: tuple[int, ...]) -> None:
+        ours, theirs, x = BatchNorm2d(3).train(training), nn.BatchNorm2d(3).train(training), torch.randn(shape)
+        assert torch.equal(ours(x), theirs(x))
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+
+    def test_one_value_is_normalised_by_the_running_statistics(self) -> None:
+        norm, x = BatchNorm2d(3), torch.randn(1, 3, 1, 1)
+        norm.running_mean.fill_(2)
+        before = norm.state_dict(keep_vars=True)["running_mean"].clone()
+        assert_close(norm.train()(x), norm.eval()(x))
+        assert torch.equal(norm.running_mean, before)
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            nn.BatchNorm2d(3)(x)

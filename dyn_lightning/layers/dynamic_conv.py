@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from dyn_lightning.functional import (
     Pair,
-    as_padding,
-    as_steps,
+    as_geometry,
     check_channels,
     conv2d_arguments,
     conv2d_repr,
@@ -27,7 +26,7 @@ class DynamicConv2d(nn.Module):
         out_channels: channels of the output.
         kernel_size: rows and columns of the kernels.
         stride: step of the kernels.
-        padding: zeros around the input, or ``"same"`` or ``"valid"``.
+        padding: zeros around the input, ``"valid"``, or ``"same"``, which may have a stride (see ``dynamic_conv2d``).
         dilation: distance of a kernel's elements.
         groups: groups of channels.
         bias: whether each kernel has a bias.
@@ -65,13 +64,9 @@ class DynamicConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_channels(in_channels, out_channels, groups)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = as_steps("kernel_size", kernel_size)
-        self.stride = as_steps("stride", stride)
-        self.padding = as_padding(padding, self.stride)
-        self.dilation = as_steps("dilation", dilation)
-        self.groups = groups
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        geometry = as_geometry(kernel_size, stride, padding, dilation, strided_same=True)
+        self.kernel_size, self.stride, self.padding, self.dilation = geometry
         self.router = SoftmaxAttention(in_channels, num_kernels, reduction, temperature)
         self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(num_kernels, out_channels)) if bias else None

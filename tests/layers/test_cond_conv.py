@@ -1,4 +1,4 @@
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import timm.layers
@@ -12,10 +12,9 @@ from tests.tolerances import assert_close
 
 
 class TestCondConv2d(MixtureContract):
+    layer = CondConv2d
+    options: ClassVar = {"num_experts": 3}
     count = "num_experts"
-
-    def make(self, **kw: Any) -> nn.Module:
-        return CondConv2d(**{**self.geometry, "num_experts": 3, **kw})
 
     def route(self, layer: nn.Module, pooled: Tensor) -> Tensor:
         fc = layer.router.fc

@@ -1,9 +1,7 @@
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,8 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.routing import watch
 from tests.contract import MixtureContract
 from tests.noise import fill_with_noise_
+from tests.reference_vectors import assert_equals_reference
 from tests.tolerances import assert_close
-
-REFERENCE = Path(__file__).parents[1] / "reference" / "dynamic_conv_k3.npz"
 
 # Name in the source -> name here.
 NAMES = {
@@ -30,10 +27,9 @@ NAMES = {
 
 
 class TestDynamicConv2d(MixtureContract):
+    layer = DynamicConv2d
+    options: ClassVar = {"num_kernels": 3, "reduction": 2, "temperature": 1.7}
     count = "num_kernels"
-
-    def make(self, **kw: Any) -> nn.Module:
-        return DynamicConv2d(**{**self.geometry, "num_kernels": 3, "reduction": 2, "temperature": 1.7, **kw})
 
     def route(self, layer: nn.Module, pooled: Tensor) -> Tensor:
         router = layer.router
@@ -42,20 +38,8 @@ class TestDynamicConv2d(MixtureContract):
         return odds / odds.sum()
 
     def test_equals_the_reference(self) -> None:
-        reference = {key: torch.from_numpy(array) for key, array in np.load(REFERENCE).items() if array.ndim}
-        assert {key for key in reference if key.startswith("state/")} == {f"state/{name}" for name in NAMES}
-        layer = DynamicConv2d(6, 8, 3, padding=1, num_kernels=4, reduction=3, temperature=31).double()
-        shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
-        state = {ours: reference[f"state/{theirs}"].reshape(shapes[ours]) for theirs, ours in NAMES.items()}
-        layer.load_state_dict(state | {"router.temperature": layer.router.temperature})
-
-        x = reference["x"].requires_grad_()
-        y = layer(x)
-        (y * reference["cotangent"]).sum().backward()
-        assert_close(y, reference["y"])
-        assert_close(x.grad, reference["grad_x"])
-        for theirs, ours in NAMES.items():
-            assert_close(layer.get_parameter(ours).grad, reference[f"grad/{theirs}"].reshape(shapes[ours]))
+        layer = DynamicConv2d(6, 8, 3, padding=1, num_kernels=4, reduction=3, temperature=31)
+        assert_equals_reference("dynamic_conv_k3", layer, NAMES, own={"router.temperature"})
 
     def test_attention_sums_to_one(self) -> None:
         layer = self.noisy()

@@ -1,0 +1,155 @@
+"""Involution: Inverting the Inherence of Convolution for Visual Recognition (Li et al., CVPR 2021),
+arXiv 2103.06255.
+"""
+
+import math
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyn_lightning.functional import (
+    BatchNorm2d,
+    Pair,
+    add_bias,
+    as_geometry,
+    check_channels,
+    check_count,
+    conv2d_arguments,
+    conv2d_repr,
+    copy_bias_,
+    in_format_of,
+    output_size,
+    under_kernels,
+)
+
+
+class Involution2d(nn.Module):
+    """Multiply each pixel's neighbourhood with a kernel made from that pixel, shared by the channels of a group.
+
+    ``y[c, p] = sum_u kernel[c // group_channels, u, p] x[c, s p + d u]``, ``kernel = span(ReLU(BN(reduce(x))))``, where
+    x is averaged over the stride first. On sizes that the stride does not divide the last average is over fewer pixels.
+    ``bias`` is added to the output. Memory is that of a few maps, not of kH kW maps.
+
+    Args:
+        in_channels: as in ``nn.Conv2d``, like all arguments before the star.
+        out_channels: channels of the output, as many as ``in_channels``.
+        kernel_size: rows and columns of the kernels, odd (7 in the paper).
+        stride: step of the kernels.
+        padding: zeros around the input, or ``"same"`` or ``"valid"``.
+        dilation: distance of a kernel's elements.
+        groups: 1; the channels that share a kernel are ``group_channels``.
+        bias: whether there is a bias.
+        reduction: r, the hidden layer that makes the kernels has ``in_channels / reduction`` channels, rounded down.
+        group_channels: channels that share a kernel; divides ``in_channels``.
+
+    Shape:
+        ``(B, C, H, W)`` to ``(B, C, H', W')`` as in ``nn.Conv2d``.
+
+    Raises:
+        ValueError: C_in other than C_out, groups other than 1, an even kernel, group_channels that do not divide the
+            channels, a reduction above them, a count below 1, an unknown padding.
+
+    Example:
+        >>> Involution2d(32, 32, 7, stride=2, padding=3)(torch.randn(2, 32, 15, 13)).shape
+        torch.Size([2, 32, 8, 7])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        reduction: int = 4,
+        group_channels: int = 16,
+    ) -> None:
+        super().__init__()
+        check_channels(in_channels, out_channels, groups)
+        check_count("reduction", reduction)
+        check_count("group_channels", group_channels)
+        if in_channels != out_channels:
+            raise ValueError(
+                f"in_channels={in_channels} must be out_channels={out_channels}, since involution cannot change them: "
+                "put a 1x1 convolution before it, or leave the layer static"
+            )
+        if groups != 1:
+            raise ValueError(f"groups={groups} must be 1: say how channels share kernels by group_channels")
+        if in_channels % group_channels:
+            raise ValueError(
+                f"group_channels={group_channels} must divide in_channels={in_channels}: take fewer, 1 is a kernel for "
+                "each channel"
+            )
+        if in_channels < reduction:
+            raise ValueError(f"reduction={reduction} must be at most in_channels={in_channels}: take a smaller one")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
+        if not all(length % 2 for length in self.kernel_size):
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd: a kernel belongs to the pixel in its middle")
+        self.reduction, self.group_channels = reduction, group_channels
+        hidden = in_channels // reduction
+        self.reduce = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.norm = BatchNorm2d(hidden)
+        self.span = nn.Conv2d(hidden, math.prod(self.kernel_size) * in_channels // group_channels, 1)
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Involve ``(B, C, H, W)``."""
+        padding = _as_numbers(self.padding, self.kernel_size, self.dilation)
+        pixels = under_kernels(x, self.kernel_size, padding, self.dilation)
+        pixels = F.avg_pool2d(pixels, self.stride, ceil_mode=True) if self.stride != (1, 1) else pixels
+        kernels = self.span(torch.relu(self.norm(self.reduce(pixels))))
+        y = involve(x, kernels, self.kernel_size, self.stride, padding, self.dilation)
+        return in_format_of(x, add_bias(y, self.bias))
+
+    @classmethod
+    @torch.no_grad()
+    def from_conv(cls, conv: nn.Conv2d, *, reduction: int = 4, group_channels: int = 16) -> "Involution2d":
+        """Build the layer from a trained convolution; the output is not the same: there are no fixed kernels to take.
+
+        The arguments and the bias are kept.
+
+        Args:
+            conv: the trained convolution.
+            reduction: r.
+            group_channels: channels that share a kernel.
+
+        Raises:
+            ValueError: a padding mode other than zeros, or what the constructor refuses.
+        """
+        layer = cls(**conv2d_arguments(conv), reduction=reduction, group_channels=group_channels).to(conv.weight)
+        copy_bias_(layer, conv)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Describe the layer inside its name."""
+        return f"{conv2d_repr(self)}, reduction={self.reduction}, group_channels={self.group_channels}"
+
+
+def involve(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Multiply each neighbourhood of ``x`` ``(B, C, H, W)`` with its kernel, ``(B, G kH kW, H', W')``.
+
+    The kernel's elements are taken one after the other: an unfolded map would be kH kW times as large as the map.
+    """
+    rows, columns = output_size((x.shape[2], x.shape[3]), kernel_size, stride, padding, dilation)
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).to(kernels.dtype)
+    kernels = kernels.unflatten(1, (-1, 1, math.prod(kernel_size)))
+    x = x.unflatten(1, (kernels.shape[1], -1))
+    y = x.new_zeros(())
+    for element, (i, j) in enumerate(product(*map(range, kernel_size))):
+        top, left = i * dilation[0], j * dilation[1]
+        neighbours = x[..., top :: stride[0], left :: stride[1]][..., :rows, :columns]
+        y = torch.addcmul(y, kernels[:, :, :, element], neighbours)
+    return y.flatten(1, 2)
+
+
+def _as_numbers(padding: Pair | str, kernel_size: Pair, dilation: Pair) -> Pair:
+    if not isinstance(padding, str):
+        return padding
+    return (0, 0) if padding == "valid" else (dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2))
