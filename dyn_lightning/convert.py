@@ -1,24 +1,70 @@
 """convert(): replaces the convolutions of any network by a layer from a paper, and reports what it did."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from dyn_lightning.functional import conv2d_arguments
-from dyn_lightning.layers import CONVS
+from dyn_lightning.fold import norms_behind
+from dyn_lightning.functional import SAME_PADDED, conv2d_arguments, with_kernel_size
+from dyn_lightning.layers import (
+    CONVS,
+    CompConv2d,
+    CondConv2d,
+    CondLinear,
+    DGConv2d,
+    DOConv2d,
+    DynamicConv2d,
+    GhostConv2d,
+    Involution2d,
+    SelfCalibratedConv2d,
+    SplitAttentionConv2d,
+)
 from dyn_lightning.protocols import Routed
+from dyn_lightning.sharing import Sharing
 
 Predicate = Callable[[str, nn.Conv2d], bool]
 Selection = str | Iterable[str] | Predicate
+
+FIRST = "the first convolution"
+SHORTCUT = "projection of a shortcut"
+SQUEEZE = "squeeze-and-excitation"
+POINTWISE = "1x1"
+DEPTHWISE = "depthwise"
+CHANNELS = "changes the number of channels"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a paper replaces convolutions: which it leaves, and what it does beside."""
+
+    leaves: tuple[str, ...] = (FIRST, SHORTCUT, SQUEEZE)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # in the place of the convolution's
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the layer, unless the user says otherwise
+    takes_norm: bool = False  # the layer contains the batch norm that follows
+
+
+RULES: dict[Any, Rule] = {
+    CompConv2d: Rule((FIRST, SHORTCUT, SQUEEZE, POINTWISE, DEPTHWISE)),
+    CondConv2d: Rule(),
+    DGConv2d: Rule((FIRST, POINTWISE, DEPTHWISE), arguments={"groups": 1}),  # which it learns
+    DOConv2d: Rule((POINTWISE,)),
+    DynamicConv2d: Rule(),
+    GhostConv2d: Rule((FIRST, SQUEEZE, DEPTHWISE)),
+    Involution2d: Rule((FIRST, POINTWISE, DEPTHWISE, CHANNELS), options={"kernel_size": 7}),
+    SelfCalibratedConv2d: Rule((FIRST, POINTWISE, DEPTHWISE)),
+    SplitAttentionConv2d: Rule((FIRST, POINTWISE, DEPTHWISE), takes_norm=True),
+}
 
 # A 1x1 convolution with one of these in its name projects a shortcut (torchvision, timm, and the usual copies).
 SHORTCUTS = ("downsample", "shortcut", "skip", "proj")
 # The 1x1 convolutions inside these see one pixel and belong to an attention of their own (torchvision, timm).
 SQUEEZE_EXCITATIONS = ("SqueezeExcitation", "SqueezeExcite", "SEModule", "EffectiveSEModule")
+
+CLASSIFIERS: dict[Any, Any] = {CondConv2d: CondLinear}
 
 
 @dataclass(frozen=True)
@@ -77,14 +123,21 @@ def convert(
     include: Selection | None = None,
     exclude: Selection | None = None,
     upcycle: bool = False,
+    share: str = "layer",
+    hierarchical: bool = False,
+    classifier: bool = False,
     **options: Any,
 ) -> ConversionReport:
     """Replace convolutions of a network, in place.
 
-    Without ``include``, every ``nn.Conv2d`` is replaced but the first, the 1x1 projections of shortcuts and what is in
-    a squeeze-and-excitation: the papers of CondConv and Dynamic Convolution leave these static. A subclass of
-    ``nn.Conv2d`` (one that pads by itself, standardises its weight, ...) and a padding mode other than zeros are always
-    left, since the new layer would not do the same.
+    Without ``include``, the paper's own rule says which (``RULES``): all but the first convolution, the 1x1 projections
+    of shortcuts and what is in a squeeze-and-excitation (CondConv, Dynamic Convolution, and layers of your own); all
+    but the first and depthwise ones (Ghost); those larger than 1x1 (DO-Conv), of these all but the first and depthwise
+    ones (DGConv, self-calibrated, split attention, CompConv) and only those that keep the number of channels
+    (involution, with 7x7 kernels in the place of 3x3 unless ``kernel_size`` says otherwise). DGConv learns the groups
+    that a convolution had; split attention takes the place of the batch norm behind it too. A subclass of ``nn.Conv2d``
+    and a padding mode other than zeros are always left, since the new layer would not do the same; of the subclasses
+    timm's ``Conv2dSame`` is known and replaced where the layer has its padding.
 
     Args:
         model: any module, changed in place.
@@ -92,15 +145,23 @@ def convert(
         include: which convolutions to replace, in place of the rule above: globs over module names
             (``"layer3.*"`` or a list of them), or a predicate ``(name, conv) -> bool``.
         exclude: which of those to leave, given likewise.
-        upcycle: start from the network's weights, by ``conv.from_conv``, so that a trained network's output is kept.
-        options: the layer's own, as ``num_kernels=4``.
+        upcycle: start from the network's weights, by ``conv.from_conv``, so that a trained network's output is kept by
+            the layers that can (CondConv, Dynamic Convolution, DGConv, DO-Conv; the others say what they keep).
+        share: ``"layer"`` gives each layer a router of its own, ``"block"``, ``"stage"`` and ``"model"`` one to all
+            replaced layers there, which sees the input of the first of them. A block is the innermost module around a
+            layer that has several convolutions and is no container (``nn.Sequential``); a stage is blocks of one
+            container up to the next one with a stride. Needs a layer with the option ``router``, as CondConv has.
+        hierarchical: let each router also see the routing weights of the one before.
+        classifier: replace the last ``nn.Linear`` too (by ``CondLinear``, for CondConv).
+        options: the layer's own, as ``num_kernels=4``, or arguments in the place of the convolution's, as
+            ``kernel_size=5`` (the padding is adapted).
 
     Returns:
         A row for each convolution: name, before and after, parameters, or why it was left.
 
     Raises:
-        ValueError: ``conv`` is no name that exists, a glob matches no convolution, nothing would be replaced, or the
-            layer refuses its arguments.
+        ValueError: ``conv`` is no name that exists, a glob matches no convolution, nothing would be replaced or shared,
+            or the layer refuses its arguments.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
@@ -110,7 +171,9 @@ def convert(
         2     Conv2d(8, 8, k=3x3)  DynamicConv2d(8, 8, k=3x3)   584 -> 2,364
         1 of 2 convolutions replaced; parameters in convolutions 808 -> 2,588
     """
-    make = _maker(conv, upcycle)
+    layer = resolve_conv(conv) if isinstance(conv, str) else conv
+    rule = RULES.get(layer, Rule())
+    make = _maker(layer, rule, upcycle)
     convolutions = _find(model)
     if not convolutions:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d to replace")
@@ -118,22 +181,50 @@ def convert(
     _check_globs("include", include, convolutions)
     _check_globs("exclude", exclude, convolutions)
 
-    report, made, seen = ConversionReport(), dict[int, nn.Module](), set[int]()
     first = next(iter(convolutions))
+    reasons = {
+        name: _reason(name, old, model, rule.leaves, name == first, include, exclude)
+        for name, old in convolutions.items()
+    }
+    sharing = Sharing(model, list(convolutions), share, hierarchical, options.get("router", "sigmoid"))
+    made: dict[int, nn.Module] = {}
     for name, old in convolutions.items():
-        reason = _reason(name, old, model, first, include, exclude)
-        new: nn.Module = old
-        if not reason:
-            new = made[id(old)] if id(old) in made else made.setdefault(id(old), _make(make, old, name, options))
-        counts = (0, 0) if id(old) in seen else (_parameters(old), _parameters(new))
-        seen.add(id(old))
-        report.rows.append(Conversion(name, _shape(old), _shape(new), *counts, reason))
+        if reasons[name] or id(old) in made:
+            continue
+        own = {**rule.options, **options, **sharing.options(name)}
+        try:
+            new = make(old, **own).train(old.training)
+        except (ValueError, TypeError) as error:
+            if type(old) is nn.Conv2d:
+                raise ValueError(f"{name} = {old}: {error}") from error
+            reasons[name] = f"{type(old).__name__}: {error}"
+            continue
+        made[id(old)] = new
+        sharing.made(name, new)
     if not made:
-        raise ValueError(f"no convolution would be replaced: {report.left}")
+        raise ValueError(f"no convolution would be replaced: {reasons}")
+    sharing.check()
+    linear = _make_classifier(model, layer, upcycle, options) if classifier else {}
+
+    report = ConversionReport()
+    behind = norms_behind(model) if rule.takes_norm else {}
+    seen: set[int] = set()
     # Only now, when every new layer could be built, is the network touched.
     for name, old in convolutions.items():
-        if name in report.replaced:
-            model.set_submodule(name, made[id(old)])
+        new = old if reasons[name] else made[id(old)]
+        counts = (0, 0) if id(old) in seen else (_parameters(old), _parameters(new))
+        seen.add(id(old))
+        after = _shape(new)
+        if not reasons[name]:
+            model.set_submodule(name, new)
+            if name in behind:
+                model.set_submodule(behind[name], nn.Identity())
+                after += f", in the place of {behind[name].rpartition('.')[2]} too"
+        report.rows.append(Conversion(name, _shape(old), after, *counts, reasons[name]))
+    for name, (static, new) in linear.items():
+        model.set_submodule(name, new)
+        counts = (_parameters(static), _parameters(new))
+        report.rows.append(Conversion(name, type(static).__name__, type(new).__name__, *counts))
     return report
 
 
@@ -150,20 +241,37 @@ def resolve_conv(conv: str) -> Callable[..., nn.Module]:
     return CONVS[conv]
 
 
-def _maker(conv: str | Callable[..., nn.Module], upcycle: bool) -> Callable[..., nn.Module]:
-    layer = resolve_conv(conv) if isinstance(conv, str) else conv
+def _maker(layer: Callable[..., nn.Module], rule: Rule, upcycle: bool) -> Callable[..., nn.Module]:
     if not upcycle:
-        return lambda old, **options: layer(**conv2d_arguments(old), **options).to(old.weight)
+
+        def fresh(old: nn.Conv2d, *, kernel_size: Any = None, **options: Any) -> nn.Module:
+            arguments = conv2d_arguments(old)
+            if kernel_size is not None:
+                arguments = with_kernel_size(arguments, kernel_size)
+            return layer(**{**arguments, **rule.arguments, **options}).to(old.weight)
+
+        return fresh
     if not hasattr(layer, "from_conv"):
         raise ValueError(f"upcycle=True needs {getattr(layer, '__name__', layer)}.from_conv, which does not exist")
     return layer.from_conv
 
 
-def _make(make: Callable[..., nn.Module], old: nn.Conv2d, name: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        return make(old, **options).train(old.training)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} = {old}: {error}") from error
+def _make_classifier(
+    model: nn.Module, layer: Any, upcycle: bool, options: dict[str, Any]
+) -> dict[str, tuple[nn.Linear, nn.Module]]:
+    """Build the new classifier, by the name of the old one."""
+    if layer not in CLASSIFIERS:
+        name, names = getattr(layer, "__name__", layer), ", ".join(one.__name__ for one in CLASSIFIERS)
+        raise ValueError(f"classifier=True needs a layer with a linear form ({names}), which {name} has not")
+    linears = {name: one for name, one in model.named_modules() if type(one) is nn.Linear}
+    if not linears:
+        raise ValueError(f"classifier=True, but {type(model).__name__} has no nn.Linear")
+    name, old = list(linears.items())[-1]
+    make = CLASSIFIERS[layer]
+    if upcycle:
+        return {name: (old, make.from_linear(old, **options))}
+    new = make(old.in_features, old.out_features, old.bias is not None, **options)
+    return {name: (old, new.to(old.weight))}
 
 
 def _find(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -184,24 +292,33 @@ def _reason(
     name: str,
     conv: nn.Conv2d,
     model: nn.Module,
-    first: str,
+    leaves: tuple[str, ...],
+    is_first: bool,
     include: list[str] | Predicate | None,
     exclude: list[str] | Predicate | None,
 ) -> str:
     """Say why a convolution is left, or nothing."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not nn.Conv2d and type(conv).__name__ != SAME_PADDED:
         return f"{type(conv).__name__} is a subclass of Conv2d and does something of its own"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
     if include is not None:
         if not _matches(name, conv, include):
             return "not in include"
-    elif name == first:
-        return "the first convolution"
-    elif conv.kernel_size == (1, 1) and set(name.split(".")) & set(SHORTCUTS):
-        return "projection of a shortcut"
-    elif type(model.get_submodule(name.rpartition(".")[0])).__name__ in SQUEEZE_EXCITATIONS:
-        return "squeeze-and-excitation"
+    else:
+        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        pointwise = conv.kernel_size == (1, 1)
+        kinds = {
+            FIRST: is_first,
+            SHORTCUT: pointwise and bool(set(name.split(".")) & set(SHORTCUTS)),
+            SQUEEZE: parent in SQUEEZE_EXCITATIONS,
+            DEPTHWISE: 1 < conv.groups == conv.in_channels,
+            POINTWISE: pointwise,
+            CHANNELS: conv.in_channels != conv.out_channels,
+        }
+        for kind in leaves:
+            if kinds[kind]:
+                return kind
     return "in exclude" if exclude is not None and _matches(name, conv, exclude) else ""
 
 

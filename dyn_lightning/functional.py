@@ -9,10 +9,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Pair = tuple[int, int]
+
+# The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
+# a stride.
+SAME_PADDED = "Conv2dSame"
 
 
 def dynamic_conv2d(
@@ -152,6 +157,7 @@ def _mixture(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None
 METHODS: dict[str, Callable[..., Tensor]] = {"grouped": _grouped, "matmul": _matmul, "mixture": _mixture}
 
 
+@torch.fx.wrap  # asks for the layout, which a symbolic trace cannot
 def in_format_of(input: Tensor, output: Tensor) -> Tensor:
     """Lay out an output as its input is: channels_last, or contiguous."""
     last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
@@ -304,13 +310,34 @@ def conv2d_arguments(conv: Any) -> dict[str, Any]:
     """Read from a convolution, or a drop-in for one, the arguments that build another of the same shape.
 
     Raises:
-        ValueError: a padding mode other than zeros.
+        ValueError: a subclass of ``nn.Conv2d`` that does something of its own (only timm's ``Conv2dSame`` is known: it
+            is padding ``"same"`` with a stride), or a padding mode other than zeros.
     """
+    kind = type(conv).__name__
+    if isinstance(conv, nn.Conv2d) and type(conv) is not nn.Conv2d and kind != SAME_PADDED:
+        raise ValueError(f"{kind} is a subclass of Conv2d and does something of its own: leave this layer static")
     mode = getattr(conv, "padding_mode", "zeros")
     if mode != "zeros":
         raise ValueError(f"padding_mode={mode!r} is not supported, only 'zeros' is: leave this layer static")
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+    arguments = {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+    return arguments | {"padding": "same"} if kind == SAME_PADDED else arguments
+
+
+def with_kernel_size(arguments: dict[str, Any], kernel_size: int | Pair) -> dict[str, Any]:
+    """Change the kernel size in a convolution's arguments, and the padding so that the output keeps its size.
+
+    Raises:
+        ValueError: no padding does that.
+    """
+    before, after = arguments["kernel_size"], as_steps("kernel_size", kernel_size)
+    padding = arguments["padding"]
+    if not isinstance(padding, str):
+        grown = [arguments["dilation"][i] * (after[i] - before[i]) for i in (0, 1)]
+        if any(number % 2 for number in grown):
+            raise ValueError(f"kernel_size={after} in the place of {before} would change the size of the output")
+        padding = (padding[0] + grown[0] // 2, padding[1] + grown[1] // 2)
+    return arguments | {"kernel_size": after, "padding": padding}
 
 
 def copy_bias_(layer: Any, conv: Any) -> None:

@@ -6,6 +6,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,23 +23,246 @@ class SigmoidRouter(nn.Module):
     Args:
         in_channels: channels of the feature map.
         num_experts: K.
+        hidden: units of a hidden layer with ReLU before R, as a multiple of ``in_channels``; 0 is none.
 
     Shape:
-        ``(B, in_channels, H, W)`` to ``(B, K)``, each in (0, 1), at least float32.
+        ``(B, in_channels, H, W)`` or pooled ``(B, in_channels)`` to ``(B, K)``, each in (0, 1), at least float32.
+
+    Raises:
+        ValueError: no experts, or a hidden that is not a finite number from 0 on.
 
     Example:
         >>> SigmoidRouter(4, 3)(torch.randn(2, 4, 7, 6)).shape
         torch.Size([2, 3])
     """
 
-    def __init__(self, in_channels: int, num_experts: int) -> None:
+    def __init__(self, in_channels: int, num_experts: int, hidden: float = 0) -> None:
         super().__init__()
-        check_count("num_experts", num_experts)
-        self.fc = nn.Linear(in_channels, num_experts)
+        self.fc = _perceptron(in_channels, num_experts, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        return torch.sigmoid(_at_least_float32(self.fc(x.mean((2, 3)))))
+        return torch.sigmoid(_at_least_float32(self.fc(pooled(x))))
+
+    def constant_(self) -> Tensor:
+        """Make the weights the same for every image, and give them, ``(K,)``."""
+        return torch.sigmoid(_zero_last_weight_(self.fc))
+
+
+class SoftmaxRouter(nn.Module):
+    """CondConv's routing function with a softmax in the sigmoid's place, one of its paper's ablations.
+
+    Arguments, shapes and errors are those of ``SigmoidRouter``; the weights sum to one.
+
+    Example:
+        >>> SoftmaxRouter(4, 3)(torch.randn(2, 4, 7, 6)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, hidden: float = 0) -> None:
+        super().__init__()
+        self.fc = _perceptron(in_channels, num_experts, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the routing weights of each sample."""
+        return torch.softmax(_at_least_float32(self.fc(pooled(x))), dim=1)
+
+    def constant_(self) -> Tensor:
+        """Make the weights the same for every image, and give them, ``(K,)``."""
+        return torch.softmax(_zero_last_weight_(self.fc), dim=0)
+
+
+Router = Callable[[int, int], nn.Module]
+
+# The routing functions of CondConv's ablation, by the name that the option ``router`` takes.
+ROUTERS: dict[str, Router] = {
+    "sigmoid": SigmoidRouter,
+    "softmax": SoftmaxRouter,
+    "hidden_small": partial(SigmoidRouter, hidden=1 / 8),
+    "hidden_medium": partial(SigmoidRouter, hidden=1),
+    "hidden_large": partial(SigmoidRouter, hidden=8),
+}
+
+
+def as_router(router: str | Router) -> Router:
+    """Find a routing function by its name in ``ROUTERS``, or take it as it is.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not isinstance(router, str):
+        return router
+    if router not in ROUTERS:
+        raise ValueError(f"router={router!r} does not exist, choose one of {list(ROUTERS)}, or pass a callable")
+    return ROUTERS[router]
+
+
+class SharedRouter(nn.Module):
+    """Stands in a layer for the router of an earlier layer, and gives the weights that this one gave last.
+
+    The router itself runs, is saved and is counted once, in its own layer. Hooks of ``watch`` and ``aggregation`` find
+    it through ``source``. Activation checkpointing may recompute layers that share a router; where it could take the
+    weights of another forward pass, it is refused.
+
+    Args:
+        router: of the earlier layer.
+
+    Raises:
+        RuntimeError: in ``forward``, when the other layer has not run before, or as said above.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.latest = _Latest(router)
+
+    @property
+    def source(self) -> nn.Module:
+        """The router that runs."""
+        return self.latest.router
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the routing weights of each sample."""
+        return self.latest.weights()
+
+    def constant_(self) -> Tensor:
+        """Make the weights of the shared router the same for every image, and give them, ``(K,)``."""
+        source: Any = self.source
+        return source.constant_()
+
+
+class HierarchicalRouter(nn.Module):
+    """A router that also sees the routing weights of the layer before, ``r([GAP(x), alpha])``.
+
+    Args:
+        in_channels: channels of the feature map.
+        num_experts: K.
+        previous: the router of the layer before, of as many experts.
+        make: the routing function, which gets ``in_channels + K`` numbers.
+
+    Shape:
+        ``(B, in_channels, H, W)`` to ``(B, K)``.
+
+    Raises:
+        RuntimeError: in ``forward``, when the layer before has not run, or as for ``SharedRouter``.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, previous: nn.Module, make: Router = SigmoidRouter) -> None:
+        super().__init__()
+        self.router = make(in_channels + num_experts, num_experts)
+        self.latest = _Latest(previous)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the routing weights of each sample."""
+        features = pooled(x)
+        return self.router(torch.cat([features, self.latest.weights().to(features.dtype)], 1))
+
+    def constant_(self) -> Tensor:
+        """Make the weights the same for every image, and give them, ``(K,)``."""
+        router: Any = self.router
+        return router.constant_()
+
+
+class _Latest:
+    """The routing weights that a router gave last.
+
+    It is no module, so that the router is not part of those who ask. The weights of a pass with gradients are kept
+    until its backward pass is over, for activation checkpointing recomputes layers then. If another pass began in
+    between, the weights are not the ones that the recomputed pass had: ``pending`` counts the passes whose graph still
+    lives, by tokens that only their graphs hold. Copies and pickles begin without weights.
+    """
+
+    router: nn.Module
+    _weights: Tensor | None
+    _recomputed: int | None  # the number of the backward pass that recomputed the weights
+    _pending: "WeakSet[_Token]"
+
+    def __init__(self, router: nn.Module) -> None:
+        self.__setstate__({"router": router})
+        router.register_forward_hook(self._keep)
+
+    def weights(self) -> Tensor:
+        """Give them, as they were in the forward pass that asks."""
+        weights = self._weights
+        if weights is None:
+            raise RuntimeError(
+                "the layer takes the routing weights of an earlier layer, which has not run before it: run the whole "
+                "model, or choose another share (or hierarchical=False) in convert"
+            )
+        task = _backward_pass()
+        if task is not None and task != self._recomputed:
+            if len(self._pending) > 1:
+                raise RuntimeError(
+                    "activation checkpointing recomputes a layer that shares a router, after another forward pass of "
+                    "the model: call backward after each forward pass, or checkpoint the layers that share together"
+                )
+            if torch.is_grad_enabled() and not weights.requires_grad and _trains(self.router):
+                raise RuntimeError(
+                    "activation checkpointing with use_reentrant=True would lose the gradient of a shared router: use "
+                    "use_reentrant=False, or checkpoint the layers that share together"
+                )
+        return weights
+
+    def _keep(self, router: nn.Module, args: object, weights: Tensor) -> None:
+        self._weights = weights
+        if torch.compiler.is_compiling():
+            return
+        self._recomputed = _backward_pass()
+        if weights.requires_grad:
+            token = _Token()
+            self._pending.add(token)
+            weights.register_hook(partial(self._release, token))
+
+    def _release(self, token: "_Token", gradient: Tensor) -> None:
+        self._pending.discard(token)
+        if self._weights is not None and not self._pending:
+            self._weights = self._weights.detach().requires_grad_()  # lets go of the graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"router": self.router}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.router = state["router"]
+        self._weights = None
+        self._recomputed = None
+        self._pending = WeakSet()
+
+
+class _Token:
+    pass
+
+
+def _backward_pass() -> int | None:
+    """Number the backward pass in which this runs, that is, recomputes; None outside of one."""
+    if torch.compiler.is_compiling():
+        return None
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Average a feature map ``(B, C, H, W)`` over its pixels; ``(B, C)`` is pooled already."""
+    return x.mean((2, 3)) if x.dim() == 4 else x
+
+
+def _perceptron(in_channels: int, num_experts: int, hidden: float) -> nn.Module:
+    check_count("num_experts", num_experts)
+    if not isinstance(hidden, (int, float)) or not 0 <= hidden < math.inf:
+        raise ValueError(f"hidden={hidden!r} must be a finite number, 0 or more")
+    if hidden == 0:
+        return nn.Linear(in_channels, num_experts)
+    units = max(1, round(hidden * in_channels))
+    return nn.Sequential(nn.Linear(in_channels, units), nn.ReLU(), nn.Linear(units, num_experts))
+
+
+def _zero_last_weight_(fc: nn.Module) -> Tensor:
+    """Make a perceptron's output the same for every input, and give it."""
+    last: Any = fc if isinstance(fc, nn.Linear) else fc[-1]  # type: ignore[index]
+    nn.init.zeros_(last.weight)
+    return last.bias.detach()
 
 
 class SoftmaxAttention(nn.Module):
@@ -74,7 +300,7 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        logits = self.fc2(torch.relu(self.fc1(x.mean((2, 3)))))
+        logits = self.fc2(torch.relu(self.fc1(pooled(x))))
         return torch.softmax(_at_least_float32(logits) / self.temperature, dim=1)
 
     def set_temperature(self, value: float) -> None:
@@ -116,7 +342,8 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
         model: any module.
 
     Returns:
-        Routers by the name of their layer; a layer that has several gives ``layer.router``.
+        Routers by the name of their layer; a layer that has several gives ``layer.router``, and layers that share one
+        give the same.
     """
     found = {}
     for path, layer in model.named_modules():
@@ -125,7 +352,8 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
             name = re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", path).lstrip(".")
             routers = layer.routers()
             for key, router in routers.items():
-                found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = router
+                source = router.source if isinstance(router, SharedRouter) else router
+                found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = source
     return found
 
 
@@ -186,7 +414,8 @@ def aggregation(model: nn.Module, mode: str, generator: Generator | None = None)
 
     # A router that several layers share is hooked once, or its weights would be shuffled twice.
     routers = {id(router): router for router in named_routers(model).values()}
-    with _hooked({name: (router, hook) for name, router in routers.items()}):
+    # It comes before the hooks of those who share the router, so that they get what it becomes.
+    with _hooked({name: (router, hook) for name, router in routers.items()}, prepend=True):
         yield
 
 
@@ -224,11 +453,11 @@ AGGREGATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 
 
 @contextmanager
-def _hooked(hooks: dict) -> Iterator[None]:
+def _hooked(hooks: dict, prepend: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for router, hook in hooks.values():
-            stack.callback(router.register_forward_hook(hook).remove)
+            stack.callback(router.register_forward_hook(hook, prepend=prepend).remove)
         yield
 
 

@@ -17,7 +17,7 @@ ORDER = [
     {"functional", "protocols"},
     {"routing"},
     {"layers"},
-    {"convert", "fold", "cost"},
+    {"sharing", "convert", "fold", "cost"},
     {"models"},
     {"callbacks", "data", "record"},
     {"classifier"},

@@ -3,7 +3,7 @@
 from torch import nn
 
 from dyn_lightning.layers.comp_conv import CompConv2d
-from dyn_lightning.layers.cond_conv import CondConv2d
+from dyn_lightning.layers.cond_conv import CondConv2d, CondLinear
 from dyn_lightning.layers.dg_conv import DGConv2d
 from dyn_lightning.layers.do_conv import DOConv2d
 from dyn_lightning.layers.dynamic_conv import DynamicConv2d
@@ -29,6 +29,7 @@ __all__ = [
     "CONVS",
     "CompConv2d",
     "CondConv2d",
+    "CondLinear",
     "DGConv2d",
     "DOConv2d",
     "DynamicConv2d",

@@ -2,6 +2,8 @@
 arXiv 1904.04971.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,13 @@ from dyn_lightning.functional import (
     Pair,
     as_geometry,
     check_channels,
+    check_count,
     conv2d_arguments,
     conv2d_repr,
     dynamic_conv2d,
     init_kernels_,
 )
-from dyn_lightning.routing import SigmoidRouter
+from dyn_lightning.routing import Router, as_router
 
 
 class CondConv2d(nn.Module):
@@ -32,13 +35,15 @@ class CondConv2d(nn.Module):
         groups: groups of channels.
         bias: whether each expert has a bias.
         num_experts: n, the kernels that are mixed (8 in most of the paper's tables).
+        router: the routing function: a name in ``routing.ROUTERS`` (``sigmoid``, ``softmax``, ``hidden_small``,
+            ``hidden_medium``, ``hidden_large``), or a callable from in_channels and n to a module.
 
     Shape:
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``. ``weight`` is
         ``(n, C_out, C_in / groups, kH, kW)``, ``bias`` is ``(n, C_out)``.
 
     Raises:
-        ValueError: groups that do not divide the channels, a count below 1, an unknown padding.
+        ValueError: groups that do not divide the channels, a count below 1, an unknown padding or router.
 
     Example:
         >>> CondConv2d(4, 6, 3, padding=1)(torch.randn(2, 4, 7, 6)).shape
@@ -57,13 +62,15 @@ class CondConv2d(nn.Module):
         bias: bool = True,
         *,
         num_experts: int = 8,
+        router: str | Router = "sigmoid",
     ) -> None:
         super().__init__()
         check_channels(in_channels, out_channels, groups)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         geometry = as_geometry(kernel_size, stride, padding, dilation, strided_same=True)
         self.kernel_size, self.stride, self.padding, self.dilation = geometry
-        self.router = SigmoidRouter(in_channels, num_experts)
+        check_count("num_experts", num_experts)
+        self.router = as_router(router)(in_channels, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
         init_kernels_(self.weight, self.bias)
@@ -80,28 +87,103 @@ class CondConv2d(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_conv(cls, conv: nn.Conv2d, *, num_experts: int = 8) -> "CondConv2d":
+    def from_conv(cls, conv: nn.Conv2d, *, num_experts: int = 8, router: str | Router = "sigmoid") -> "CondConv2d":
         """Build the layer from a trained convolution, with the same output.
 
-        The router's matrix starts at 0, so the routing weights start as the same n numbers for every image; each expert
-        is the convolution's kernel divided by their sum. The numbers differ (the router's bias is random), so SGD moves
-        the experts apart from the first step on; Adam, which evens out the size of gradients, does so very slowly.
+        The router's last matrix starts at 0, so the routing weights start as the same n numbers for every image; each
+        expert is the convolution's kernel divided by their sum. The numbers differ (the router's bias is random), so
+        SGD moves the experts apart from the first step on; Adam, which evens out the size of gradients, does so very
+        slowly.
 
         Args:
             conv: the trained convolution.
             num_experts: n.
+            router: the routing function; a callable's module must have ``constant_``, as ``SigmoidRouter``.
 
         Raises:
-            ValueError: a padding mode other than zeros.
+            ValueError: a padding mode other than zeros, or what the constructor refuses.
         """
-        layer = cls(**conv2d_arguments(conv), num_experts=num_experts).to(conv.weight)
-        layer.router.fc.weight.zero_()
-        mass = torch.sigmoid(layer.router.fc.bias).sum()
-        layer.weight.copy_(conv.weight / mass)
-        if layer.bias is not None and conv.bias is not None:
-            layer.bias.copy_(conv.bias / mass)
+        layer = cls(**conv2d_arguments(conv), num_experts=num_experts, router=router).to(conv.weight)
+        _copy_experts_(layer, conv)
         return layer
 
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""
         return f"{conv2d_repr(self)}, num_experts={len(self.weight)}"
+
+
+class CondLinear(nn.Module):
+    """A classifier as a CondConv: ``(alpha_1 W_1 + ... + alpha_n W_n) x + b``, with a router of its own on ``x``.
+
+    Args:
+        in_features: as in ``nn.Linear``, like all arguments before the star.
+        out_features: numbers of the output.
+        bias: whether each expert has a bias.
+        num_experts: n.
+        router: the routing function, as in ``CondConv2d``.
+
+    Shape:
+        ``(B, in_features)`` to ``(B, out_features)``. ``weight`` is ``(n, out_features, in_features)``, ``bias`` is
+        ``(n, out_features)``.
+
+    Raises:
+        ValueError: a count below 1, an unknown router.
+
+    Example:
+        >>> CondLinear(4, 6)(torch.randn(2, 4)).shape
+        torch.Size([2, 6])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        num_experts: int = 8,
+        router: str | Router = "sigmoid",
+    ) -> None:
+        super().__init__()
+        for name, count in (("in_features", in_features), ("out_features", out_features), ("num_experts", num_experts)):
+            check_count(name, count)
+        self.in_features, self.out_features = in_features, out_features
+        self.router = as_router(router)(in_features, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        init_kernels_(self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, in_features)``."""
+        return dynamic_conv2d(x[:, :, None, None], self.router(x), self.weight[..., None, None], self.bias).flatten(1)
+
+    def routers(self) -> dict[str, nn.Module]:
+        """Give the router."""
+        return {"router": self.router}
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, *, num_experts: int = 8, router: str | Router = "sigmoid") -> "CondLinear":
+        """Build the layer from a trained classifier, with the same output, as ``CondConv2d.from_conv`` does.
+
+        Args:
+            linear: the trained classifier.
+            num_experts: n.
+            router: the routing function.
+        """
+        features = (linear.in_features, linear.out_features, linear.bias is not None)
+        layer = cls(*features, num_experts=num_experts, router=router).to(linear.weight)
+        _copy_experts_(layer, linear)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Describe the layer inside its name."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{text}, num_experts={len(self.weight)}"
+
+
+def _copy_experts_(layer: Any, static: Any) -> None:
+    """Make every expert the static layer divided by the sum of the routing weights, which become constant."""
+    mass = layer.router.constant_().sum()
+    layer.weight.copy_(static.weight / mass)
+    if static.bias is not None:
+        layer.bias.copy_(static.bias / mass)

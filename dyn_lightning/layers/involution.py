@@ -22,6 +22,7 @@ from dyn_lightning.functional import (
     in_format_of,
     output_size,
     under_kernels,
+    with_kernel_size,
 )
 
 
@@ -110,20 +111,31 @@ class Involution2d(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_conv(cls, conv: nn.Conv2d, *, reduction: int = 4, group_channels: int = 16) -> "Involution2d":
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        kernel_size: int | Pair | None = None,
+        reduction: int = 4,
+        group_channels: int = 16,
+    ) -> "Involution2d":
         """Build the layer from a trained convolution; the output is not the same: there are no fixed kernels to take.
 
-        The arguments and the bias are kept.
+        The bias is kept, and the size of the output.
 
         Args:
             conv: the trained convolution.
+            kernel_size: of the involution; None is the convolution's.
             reduction: r.
             group_channels: channels that share a kernel.
 
         Raises:
             ValueError: a padding mode other than zeros, or what the constructor refuses.
         """
-        layer = cls(**conv2d_arguments(conv), reduction=reduction, group_channels=group_channels).to(conv.weight)
+        arguments = conv2d_arguments(conv)
+        if kernel_size is not None:
+            arguments = with_kernel_size(arguments, kernel_size)
+        layer = cls(**arguments, reduction=reduction, group_channels=group_channels).to(conv.weight)
         copy_bias_(layer, conv)
         return layer
 
