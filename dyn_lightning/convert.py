@@ -34,6 +34,7 @@ SHORTCUT = "projection of a shortcut"
 SQUEEZE = "squeeze-and-excitation"
 POINTWISE = "1x1"
 DEPTHWISE = "depthwise"
+GROUPED = "grouped"
 CHANNELS = "changes the number of channels"
 
 
@@ -48,13 +49,13 @@ class Rule:
 
 
 RULES: dict[Any, Rule] = {
-    CompConv2d: Rule((FIRST, SHORTCUT, SQUEEZE, POINTWISE, DEPTHWISE)),
+    CompConv2d: Rule((FIRST, POINTWISE, GROUPED)),
     CondConv2d: Rule(),
     DGConv2d: Rule((FIRST, POINTWISE, DEPTHWISE), arguments={"groups": 1}),  # which it learns
     DOConv2d: Rule((POINTWISE,)),
     DynamicConv2d: Rule(),
     GhostConv2d: Rule((FIRST, SQUEEZE, DEPTHWISE)),
-    Involution2d: Rule((FIRST, POINTWISE, DEPTHWISE, CHANNELS), options={"kernel_size": 7}),
+    Involution2d: Rule((FIRST, POINTWISE, DEPTHWISE, CHANNELS), arguments={"groups": 1}, options={"kernel_size": 7}),
     SelfCalibratedConv2d: Rule((FIRST, POINTWISE, DEPTHWISE)),
     SplitAttentionConv2d: Rule((FIRST, POINTWISE, DEPTHWISE), takes_norm=True),
 }
@@ -133,9 +134,10 @@ def convert(
     Without ``include``, the paper's own rule says which (``RULES``): all but the first convolution, the 1x1 projections
     of shortcuts and what is in a squeeze-and-excitation (CondConv, Dynamic Convolution, and layers of your own); all
     but the first and depthwise ones (Ghost); those larger than 1x1 (DO-Conv), of these all but the first and depthwise
-    ones (DGConv, self-calibrated, split attention, CompConv) and only those that keep the number of channels
-    (involution, with 7x7 kernels in the place of 3x3 unless ``kernel_size`` says otherwise). DGConv learns the groups
-    that a convolution had; split attention takes the place of the batch norm behind it too. A subclass of ``nn.Conv2d``
+    ones (DGConv, self-calibrated, split attention; CompConv leaves all grouped ones) and only those that keep the
+    number of channels (involution, with 7x7 kernels in the place of 3x3 unless ``kernel_size`` says otherwise). DGConv
+    and involution have groups of their own in the place of a convolution's; split attention takes the place of the
+    batch norm behind it too. A subclass of ``nn.Conv2d``
     and a padding mode other than zeros are always left, since the new layer would not do the same; of the subclasses
     timm's ``Conv2dSame`` is known and replaced where the layer has its padding.
 
@@ -143,7 +145,8 @@ def convert(
         model: any module, changed in place.
         conv: a name in ``CONVS``, or a callable with ``nn.Conv2d``'s signature.
         include: which convolutions to replace, in place of the rule above: globs over module names
-            (``"layer3.*"`` or a list of them), or a predicate ``(name, conv) -> bool``.
+            (``"layer3.*"`` or a list of them; what is in a squeeze-and-excitation has to be named in full), or a
+            predicate ``(name, conv) -> bool``.
         exclude: which of those to leave, given likewise.
         upcycle: start from the network's weights, by ``conv.from_conv``, so that a trained network's output is kept by
             the layers that can (CondConv, Dynamic Convolution, DGConv, DO-Conv; the others say what they keep).
@@ -186,7 +189,8 @@ def convert(
         name: _reason(name, old, model, rule.leaves, name == first, include, exclude)
         for name, old in convolutions.items()
     }
-    sharing = Sharing(model, list(convolutions), share, hierarchical, options.get("router", "sigmoid"))
+    layers = [name for name, reason in reasons.items() if reason != SQUEEZE]
+    sharing = Sharing(model, layers, share, hierarchical, options.get("router", "sigmoid"))
     made: dict[int, nn.Module] = {}
     for name, old in convolutions.items():
         if reasons[name] or id(old) in made:
@@ -302,23 +306,25 @@ def _reason(
         return f"{type(conv).__name__} is a subclass of Conv2d and does something of its own"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    if include is not None:
-        if not _matches(name, conv, include):
-            return "not in include"
-    else:
-        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        pointwise = conv.kernel_size == (1, 1)
-        kinds = {
-            FIRST: is_first,
-            SHORTCUT: pointwise and bool(set(name.split(".")) & set(SHORTCUTS)),
-            SQUEEZE: parent in SQUEEZE_EXCITATIONS,
-            DEPTHWISE: 1 < conv.groups == conv.in_channels,
-            POINTWISE: pointwise,
-            CHANNELS: conv.in_channels != conv.out_channels,
-        }
+    parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    pointwise = conv.kernel_size == (1, 1)
+    kinds = {
+        FIRST: is_first,
+        SHORTCUT: pointwise and bool(set(name.split(".")) & set(SHORTCUTS)),
+        SQUEEZE: parent in SQUEEZE_EXCITATIONS,
+        DEPTHWISE: 1 < conv.groups == conv.in_channels,
+        GROUPED: conv.groups > 1,
+        POINTWISE: pointwise,
+        CHANNELS: conv.in_channels != conv.out_channels,
+    }
+    if include is None:
         for kind in leaves:
             if kinds[kind]:
                 return kind
+    elif not _matches(name, conv, include):
+        return "not in include"
+    elif kinds[SQUEEZE] and not callable(include) and name not in include:
+        return SQUEEZE
     return "in exclude" if exclude is not None and _matches(name, conv, exclude) else ""
 
 

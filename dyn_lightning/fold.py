@@ -53,7 +53,7 @@ def fold(model: nn.Module, *, batch_norm: bool = True) -> nn.Module:
             norm = model.get_submodule(norm_name)
             rest = _absorb(model.get_submodule(name), norm)
             if rest is not None:
-                model.set_submodule(norm_name, rest)
+                model.set_submodule(norm_name, rest.eval())
     return model
 
 
@@ -76,11 +76,12 @@ def norms_behind(model: nn.Module) -> dict[str, str]:
             before = node.args[0] if node.args else None
             if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
                 continue
-            pair = [module.get_submodule(str(target)) for target in (before.target, node.target)]
-            once = all(used[call.target] == 1 for call in (before, node)) and all(paths[id(one)] == 1 for one in pair)
-            if once and isinstance(pair[1], BatchNorm):
-                prefix = f"{path}." if path else ""
-                found[f"{prefix}{before.target}"] = f"{prefix}{node.target}"
+            prefix = f"{path}." if path else ""
+            name, norm_name = _last(model, f"{prefix}{before.target}"), f"{prefix}{node.target}"
+            layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+            once = all(used[call.target] == 1 for call in (before, node)) and paths[id(layer)] == paths[id(norm)] == 1
+            if once and isinstance(norm, BatchNorm):
+                found[name] = norm_name
     return found
 
 
@@ -97,6 +98,9 @@ class ChannelShift(nn.Module):
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=(functional.in_format_of,))  # which asks for the layout of a symbol
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -112,6 +116,15 @@ def _calls(module: nn.Module) -> list[fx.Node]:
     except Exception:  # a user's code may raise anything when its inputs are symbols
         return []
     return [node for node in graph.nodes if node.op == "call_module"]
+
+
+def _last(model: nn.Module, name: str) -> str:
+    """Name the module that gives the output of another: in a plain sequence it is the last one."""
+    module = model.get_submodule(name)
+    while type(module) is nn.Sequential and len(module):
+        name = f"{name}.{list(module._modules)[-1]}"
+        module = model.get_submodule(name)
+    return name
 
 
 def _outermost_foldable(model: nn.Module) -> Iterator[tuple[str, Foldable]]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -157,7 +156,6 @@ def _mixture(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None
 METHODS: dict[str, Callable[..., Tensor]] = {"grouped": _grouped, "matmul": _matmul, "mixture": _mixture}
 
 
-@torch.fx.wrap  # asks for the layout, which a symbolic trace cannot
 def in_format_of(input: Tensor, output: Tensor) -> Tensor:
     """Lay out an output as its input is: channels_last, or contiguous."""
     last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()

@@ -17,7 +17,7 @@ class Sharing:
 
     Args:
         model: the network.
-        names: of its convolutions, in the order in which they run.
+        names: of its convolutions, in the order in which they run, without those of a squeeze-and-excitation.
         share: a name in ``SHARES``: what the layers that share a router have in common.
         hierarchical: whether each router sees the routing weights of the one before.
         router: the routing function, a name in ``ROUTERS`` or a callable.

@@ -15,7 +15,6 @@ from tests.noise import fill_with_noise_, randomize_norms_
 from tests.tolerances import assert_close
 
 FIRST, SHORTCUT, SQUEEZE = "the first convolution", "projection of a shortcut", "squeeze-and-excitation"
-SAME = "Conv2dSame is a subclass of Conv2d and does something of its own"
 RESNET_LEFT = {"conv1": FIRST} | {f"layer{stage}.0.downsample.0": SHORTCUT for stage in (2, 3, 4)}
 
 
@@ -91,16 +90,131 @@ class TestDefaultRule:
         assert {type(model.get_submodule(name)) for name in report.replaced} == {CONVS[conv]}
         assert {type(model.get_submodule(name)) for name in report.left} == {nn.Conv2d}
 
+    @pytest.mark.parametrize(
+        ("build", "conv", "replaced"),
+        [
+            # Ghost: all but the first, downsampling included, depthwise left.
+            (torchvision.models.resnet18, "ghost", lambda name, conv: name != "conv1"),
+            (torchvision.models.mobilenet_v2, "ghost", lambda name, conv: conv.groups == 1 and name != "features.0.0"),
+            # The 3x3 of a bottleneck, 32 groups in ResNeXt.
+            (torchvision.models.resnet50, "involution", lambda name, conv: name.endswith("conv2")),
+            (torchvision.models.resnext50_32x4d, "dgconv", lambda name, conv: name.endswith("conv2")),
+            (torchvision.models.resnet50, "splitattention", lambda name, conv: name.endswith("conv2")),
+            (torchvision.models.resnet50, "scconv", lambda name, conv: name.endswith("conv2")),
+            (torchvision.models.resnet50, "compconv", lambda name, conv: name.endswith("conv2")),
+            # Basic blocks: what involution cannot do is left.
+            (torchvision.models.resnet18, "dgconv", lambda name, conv: name.startswith("layer") and "down" not in name),
+            (
+                torchvision.models.resnet18,
+                "involution",
+                lambda name, conv: name.startswith("layer") and conv.in_channels == conv.out_channels,
+            ),
+            # What is larger than 1x1, the stem and depthwise ones too.
+            (torchvision.models.mobilenet_v2, "doconv", lambda name, conv: conv.kernel_size != (1, 1)),
+            (torchvision.models.resnet50, "doconv", lambda name, conv: conv.kernel_size != (1, 1)),
+        ],
+    )
+    def test_of_each_paper(
+        self, build: Callable[[], nn.Module], conv: str, replaced: Callable[[str, nn.Conv2d], bool]
+    ) -> None:
+        with torch.device("meta"):
+            model = build()
+            convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+            report = convert(model, conv)
+        assert report.replaced == [name for name, module in convolutions.items() if replaced(name, module)]
+        assert {type(model.get_submodule(name)) for name in report.replaced} == {CONVS[conv]}
+
+    @pytest.mark.parametrize("conv", [name for name in CONVS if name != "static"])
+    def test_can_be_told_otherwise(self, conv: str) -> None:
+        with torch.device("meta"):
+            model = torchvision.models.resnet18()
+            assert convert(model, conv, include="layer1.0.conv1").replaced == ["layer1.0.conv1"]
+
+    @pytest.mark.parametrize("conv", [name for name in CONVS if name != "static"])
+    def test_every_network_still_runs(self, conv: str) -> None:
+        build = torchvision.models.resnet50 if conv == "compconv" else torchvision.models.resnext50_32x4d
+        model, x = build(num_classes=7).eval(), torch.randn(2, 3, 33, 47)
+        assert len(convert(model, conv).replaced) >= 16
+        assert model(x).shape == (2, 7)
+
     def test_subclasses_are_left_by_name(self) -> None:
+        model = small()
+        model[2] = Own(4, 6, 3)
+        report = convert(model, "dynamic")
+        assert report.left["2"] == "Own is a subclass of Conv2d and does something of its own"
+        with pytest.raises(ValueError, match="Own is a subclass of Conv2d and does something of its own: leave this"):
+            DynamicConv2d.from_conv(model[2])
+
+    @pytest.mark.parametrize("upcycle", [True, False])
+    def test_a_convolution_that_pads_by_itself(self, upcycle: bool) -> None:
+        model = timm.create_model("tf_efficientnet_b0", pretrained=False).eval()
+        x = torch.randn(2, 3, 63, 50)
+        same = ["conv_stem", *(f"blocks.{stage}.0.conv_dw" for stage in (1, 2, 3, 5))]
+        assert {type(model.get_submodule(name)).__name__ for name in same} == {"Conv2dSame"}
+        logits = model(x)
+        report = convert(model, "dynamic", upcycle=upcycle, num_kernels=2)
+        assert len(report.replaced) == 48
+        assert set(same) - set(report.replaced) == {"conv_stem"}
+        assert model.blocks[5][0].conv_dw.padding == "same"
+        if upcycle:
+            assert_close(model(x), logits)
+        assert model(x).shape == logits.shape
+
+    def test_a_convolution_that_pads_by_itself_is_left_where_the_layer_cannot(self) -> None:
         with torch.device("meta"):
             model = timm.create_model("tf_efficientnet_b0", pretrained=False)
-            report = convert(model, "dynamic")
-        same = ["conv_stem", *(f"blocks.{stage}.0.conv_dw" for stage in (1, 2, 3, 5))]
-        assert [name for name, reason in report.left.items() if reason == SAME] == same
-        assert {type(model.get_submodule(name)).__name__ for name in same} == {"Conv2dSame"}
-        assert len(report.replaced) == 44
-        with pytest.raises(ValueError, match=f"no convolution would be replaced: .*'conv_stem': '{SAME}'"):
-            convert(model, "dynamic", include=["conv_stem"])
+            report = convert(model, "doconv")
+        text = "Conv2dSame: padding='same' needs stride=1, not stride=(2, 2); give the padding as numbers"
+        assert [name for name, reason in report.left.items() if reason == text] == [
+            "conv_stem",
+            *(f"blocks.{stage}.0.conv_dw" for stage in (1, 2, 3, 5)),
+        ]
+
+    def test_squeeze_and_excitation_has_to_be_named_in_full(self) -> None:
+        with torch.device("meta"):
+            model = timm.create_model("tf_efficientnet_b0", pretrained=False)
+        name = "blocks.6.0.se.conv_reduce"
+        report = convert(model, "dynamic", include="blocks.6.*")
+        assert report.replaced == [f"blocks.6.0.conv_{end}" for end in ("pw", "dw", "pwl")]
+        assert report.left[name] == SQUEEZE
+        assert convert(model, "dynamic", include=[name]).replaced == [name]
+
+    def test_involution_takes_the_paper_s_kernel(self) -> None:
+        model, x = torchvision.models.resnet18(num_classes=7), torch.randn(2, 3, 33, 40)
+        report = convert(model, "involution", include="layer1.*")
+        assert report.rows[1].after == "Involution2d(64, 64, k=7x7)"
+        assert model.layer1[0].conv1.padding == (3, 3)
+        assert model(x).shape == (2, 7)
+        for upcycle in (True, False):
+            convert(model, "involution", include="layer2.1.*", kernel_size=5, upcycle=upcycle)
+            assert model.layer2[1].conv1.kernel_size == (5, 5)
+            assert model.layer2[1].conv1.padding == (2, 2)
+            model.layer2[1] = copy.deepcopy(torchvision.models.resnet18().layer2[1])
+        with pytest.raises(ValueError, match=r"kernel_size=\(4, 4\) in the place of \(3, 3\) would change the size"):
+            convert(model, "involution", include="layer3.1.*", kernel_size=4)
+
+    def test_kernel_size_of_any_layer(self) -> None:
+        model = small()
+        convert(model, "static", include="4", kernel_size=(3, 5), dilation=1)
+        assert repr(model[4]) == "Conv2d(6, 5, kernel_size=(3, 5), stride=(1, 1), padding=(1, 2), bias=False)"
+
+    def test_split_attention_takes_the_place_of_the_norm_behind_it(self) -> None:
+        model = torchvision.models.resnet50(num_classes=7)
+        report = convert(model, "splitattention")
+        assert report.rows[2].after == "SplitAttentionConv2d(64, 64, k=3x3), in the place of bn2 too"
+        blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
+        assert [type(block.bn2) for block in blocks] == [nn.Identity] * 16
+        assert {type(block.bn1) for block in blocks} == {nn.BatchNorm2d}
+        # ResNeSt's bottleneck: split attention, then the last 1x1 convolution.
+        block, x = blocks[0].eval(), torch.randn(2, 64, 9, 8)
+        y = block.bn3(block.conv3(block.conv2(torch.relu(block.bn1(block.conv1(x)))))) + block.downsample(x)
+        assert_close(block(x), torch.relu(y))
+
+    def test_dgconv_learns_the_groups_that_there_were(self) -> None:
+        model = torchvision.models.resnext50_32x4d(num_classes=7)
+        convert(model, "dgconv", gate_init="dense")
+        assert model.layer1[0].conv2.weight.shape == (128, 128, 3, 3)
+        assert model.layer1[0].conv2.membership().all()
 
     def test_padding_modes_are_left(self) -> None:
         model = small()
@@ -239,13 +353,17 @@ class TestRefusal:
 
 
 class TestUpcycle:
-    @pytest.mark.parametrize(("conv", "options"), [("dynamic", {"num_kernels": 2}), ("condconv", {"num_experts": 3})])
+    @pytest.mark.parametrize(
+        ("conv", "options"),
+        [("dynamic", {"num_kernels": 2}), ("condconv", {"num_experts": 3}), ("dgconv", {}), ("doconv", {})],
+    )
     @torch.no_grad()
     def test_keeps_the_logits(self, conv: str, options: dict[str, Any]) -> None:
         model, x = randomize_norms_(torchvision.models.resnet18(num_classes=7)).eval(), torch.randn(2, 3, 64, 48)
         logits = model(x)
         assert logits.std() > 0.1
-        assert len(convert(model, conv, include="*", upcycle=True, **options).replaced) == 20
+        selection = {"exclude": "conv1"} if conv == "dgconv" else {}  # 3 and 64 channels have no common factor
+        assert len(convert(model, conv, include="*", **selection, upcycle=True, **options).replaced) in (19, 20)
         assert_close(model(x) / logits.std(), logits / logits.std())
 
     def test_passes_options_on(self) -> None:

@@ -121,7 +121,7 @@ class Involution2d(nn.Module):
     ) -> "Involution2d":
         """Build the layer from a trained convolution; the output is not the same: there are no fixed kernels to take.
 
-        The bias is kept, and the size of the output.
+        Groups of the convolution are of no account; the bias is kept, and the size of the output.
 
         Args:
             conv: the trained convolution.
@@ -132,7 +132,7 @@ class Involution2d(nn.Module):
         Raises:
             ValueError: a padding mode other than zeros, or what the constructor refuses.
         """
-        arguments = conv2d_arguments(conv)
+        arguments = conv2d_arguments(conv) | {"groups": 1}
         if kernel_size is not None:
             arguments = with_kernel_size(arguments, kernel_size)
         layer = cls(**arguments, reduction=reduction, group_channels=group_channels).to(conv.weight)

@@ -41,6 +41,9 @@ class TestInvolution2d(LayerContract):
             return f"groups={geometry['groups']} must be 1: say how channels share kernels by group_channels"
         return ""
 
+    def excluded_conv(self, **geometry: Any) -> str:
+        return self.excluded(**geometry | {"groups": 1})
+
     def slowly(self, layer: nn.Module, x: Tensor) -> Tensor:
         (rows, columns), (down, right) = layer.kernel_size, layer.dilation
         outputs = []
