@@ -22,7 +22,7 @@ from dyn_lightning.cost import empty_images, evaluating
 from dyn_lightning.data.module import derive_seed
 from dyn_lightning.layers import CONVS
 from dyn_lightning.models.backbone import UnknownNameError, build_backbone, first_conv, import_object
-from dyn_lightning.protocols import Annealed
+from dyn_lightning.protocols import Annealed, Grouped
 from dyn_lightning.routing import named_routers
 
 
@@ -40,8 +40,9 @@ class ImageClassifier(LightningModule):
         weights: file with the weights of the backbone before conversion: its state dict, or a checkpoint of a run with
             ``conv: static``. Loaded strictly.
         conv: a name in ``CONVS`` or the dotted path of a layer; ``static`` leaves the backbone as it is.
-        conv_args: the layer's own options, as ``{num_kernels: 4}``; not looked at with ``conv: static``.
-        include: which convolutions to replace, globs over module names; default is the papers' rule (see ``convert``).
+        conv_args: the layer's own options, as ``{num_kernels: 4}``, and those of ``convert``, as ``{share: block}``;
+            not looked at with ``conv: static``.
+        include: which convolutions to replace, globs over module names; default is the paper's rule (see ``convert``).
         exclude: which of those to leave.
         upcycle: start from the backbone's weights, so that a trained network's output is kept.
         num_classes: classes; ``fit`` takes the data's.
@@ -58,6 +59,9 @@ class ImageClassifier(LightningModule):
         label_smoothing: of the cross entropy in training, from 0 to 1.
         mixup: alpha of mixup (arXiv 1710.09412), 0 is off.
         cutmix: alpha of CutMix (arXiv 1905.04899), 0 is off; with both on, each batch takes one at random.
+        group_budget: b, for layers that learn their groups (DGConv): the loss is multiplied by
+            ``(complexity / budget) ** 0.02`` while the connected pairs of channels are more than the budget, all pairs
+            divided by b (32 in the paper's ResNeXt-50). None is off.
 
     Shape:
         ``(B, channels, H, W)`` to ``(B, num_classes)``.
@@ -90,6 +94,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        group_budget: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else [])
@@ -113,6 +118,8 @@ class ImageClassifier(LightningModule):
                 backbone, layer, include=include, exclude=exclude, upcycle=upcycle, **(conv_args or {})
             )
         self.backbone = backbone
+        if group_budget is not None:
+            _check_group_budget(group_budget, backbone)
         if image_size is not None:
             _try_backbone(backbone, (channels, image_size, image_size), num_classes)
         self._make_scheduler(self._make_optimizer())  # refuses wrong names and options now, not when training starts
@@ -148,6 +155,10 @@ class ImageClassifier(LightningModule):
         """Give the loss of a batch."""
         images, labels = batch if self.mix is None else self.mix(*batch)
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams["label_smoothing"])
+        if self.hparams["group_budget"] is not None:
+            complexity = group_complexity(self.backbone, self.hparams["group_budget"])
+            loss = loss * over_budget(complexity)
+            self.log("train/complexity", complexity.detach())
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -229,6 +240,23 @@ def warmup_cosine(step: int, warmup: float, total: float) -> float:
     return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup)))) / 2
 
 
+def group_complexity(model: nn.Module, divisor: float) -> Tensor:
+    """Count the connected pairs of channels in all Grouped layers, relative to the budget: all pairs / ``divisor``."""
+    memberships = [layer.membership() for layer in model.modules() if isinstance(layer, Grouped)]
+    pairs = sum(membership.numel() for membership in memberships)
+    return torch.stack([membership.sum() for membership in memberships]).sum() * divisor / pairs
+
+
+def over_budget(complexity: Tensor) -> Tensor:
+    """Give the loss's factor: 1 within the budget, ``complexity ** 0.02`` above it (DGConv, arXiv 1908.05867).
+
+    Example:
+        >>> over_budget(torch.tensor([0.5, 1, 2]))
+        tensor([1.0000, 1.0000, 1.0140])
+    """
+    return torch.where(complexity > 1, complexity**0.02, 1.0)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into those that decay, and norms, biases, routers and gates, which do not.
 
@@ -263,6 +291,15 @@ def load_weights(backbone: nn.Module, path: str) -> None:
         backbone.load_state_dict(state)
     except Exception as error:
         raise ValueError(f"weights={path!r}: {error}") from error
+
+
+def _check_group_budget(divisor: float, backbone: nn.Module) -> None:
+    if not isinstance(divisor, (int, float)) or not 1 <= divisor < math.inf:
+        raise ValueError(f"group_budget={divisor} must be a finite number, 1 or more: all pairs of channels / that")
+    if not any(isinstance(module, Grouped) for module in backbone.modules()):
+        raise ValueError(
+            f"group_budget={divisor} needs layers that learn their groups, and the model has none: set conv: dgconv"
+        )
 
 
 def _try_backbone(backbone: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from dyn_lightning import functional
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.layers.dg_conv import PermutedConv2d
+from dyn_lightning.layers.involution import involve
 from dyn_lightning.protocols import Foldable
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -99,7 +100,8 @@ class ChannelShift(nn.Module):
 
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(functional.in_format_of,))  # which asks for the layout of a symbol
+        # These cannot be followed: they ask for the layout, or differentiate by themselves.
+        super().__init__(autowrap_functions=(functional.in_format_of, involve))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

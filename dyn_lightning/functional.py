@@ -293,6 +293,22 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name}={value} must be at least {least}")
 
 
+def prime_factors(number: int) -> list[int]:
+    """List the prime factors, smallest first.
+
+    Example:
+        >>> prime_factors(360)
+        [2, 2, 2, 3, 3, 5]
+    """
+    factors, factor = [], 2
+    while number > 1:
+        while number % factor == 0:
+            factors.append(factor)
+            number //= factor
+        factor += 1
+    return factors
+
+
 def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:
     """Initialise K kernels ``(K, C_out, C_in / groups, kH, kW)`` each as ``nn.Conv2d`` does, and their biases with 0.
 

@@ -1,5 +1,6 @@
 """Which layers of a network share a router, or feed the next one: CondConv's ablation of routing functions."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,7 +56,8 @@ class Sharing:
         """
         if self.share == "layer" and not self.hierarchical:
             return
-        if not isinstance(layer, Routed) or list(layer.routers()) != ["router"]:
+        takes_router = "router" in inspect.signature(type(layer)).parameters
+        if not takes_router or not isinstance(layer, Routed) or list(layer.routers()) != ["router"]:
             raise ValueError(
                 "share and hierarchical need a layer with one router, given by the option `router`, as CondConv2d has; "
                 f"{type(layer).__name__} has not"

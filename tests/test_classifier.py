@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from dyn_lightning.callbacks import TemperatureAnnealing
-from dyn_lightning.classifier import ImageClassifier, parameter_groups, warmup_cosine
+from dyn_lightning.classifier import (
+    ImageClassifier,
+    group_complexity,
+    over_budget,
+    parameter_groups,
+    warmup_cosine,
+)
 from dyn_lightning.data.module import derive_seed
-from dyn_lightning.layers import CondConv2d, DynamicConv2d
+from dyn_lightning.layers import CondConv2d, DGConv2d, DynamicConv2d
 from tests.noise import randomize_norms_
 from tests.tolerances import assert_close
 from tests.training import TASK, Batches, Constant, Mixed, classifier, digits, dynamic, fit, head, static, warns_once
@@ -272,6 +278,78 @@ class TestLoss:
     def test_refuses(self, options: dict[str, float], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             classifier(static(), **options)
+
+
+class Fixed(nn.Module):
+    """A user's own layer that groups: it connects each channel with itself and the first one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def membership(self) -> Tensor:
+        return torch.eye(4).index_fill(1, torch.tensor(0), 1)
+
+
+class TestGroupBudget:
+    def test_complexity_is_counted_over_all_layers(self) -> None:
+        model = nn.Sequential(DGConv2d(8, 4, 1, gate_init="dense"), DGConv2d(4, 4, 1, gate_init="depthwise"), Fixed())
+        assert group_complexity(model, 2).item() == (32 + 4 + 7) / ((32 + 16 + 16) / 2)
+
+    def test_the_loss_is_that_of_the_paper(self, tmp_path: Path) -> None:
+        """loss * (budget / complexity) ** -0.02 above the budget, and the loss within it."""
+
+        def train(divisor: float | None) -> tuple[ImageClassifier, list[float], list[float]]:
+            torch.manual_seed(0)
+            backbone = head(nn.Conv2d(1, 8, 3), DGConv2d(8, 8, 3, gate_init="dense"), channels=8)
+            model = classifier(backbone, lr=0.0, group_budget=divisor)
+            trainer = fit(model, logger=CSVLogger(tmp_path))
+            names = ("train/loss", "train/complexity")
+            return model, *(logged(trainer, name) if name in trainer.callback_metrics else [] for name in names)
+
+        (_, plain, none), (_, within, one), (_, above, four) = train(None), train(1), train(4)
+        assert none == []
+        assert one == [1.0] * 4
+        assert four == [4.0] * 4
+        assert within == plain
+        assert above == pytest.approx([loss * (1 / 4) ** -0.02 for loss in plain], rel=1e-5)
+
+    def test_the_gradient_of_the_factor_by_hand(self) -> None:
+        layer = DGConv2d(8, 8, 1, gate_init="dense")
+        over_budget(group_complexity(layer, 4)).backward()
+        # Each gate halves the 64 pairs: d(ones)/dg = 32; (x/16)^0.02 at x = 64.
+        assert layer.gates.grad.tolist() == [pytest.approx(0.02 * 4**-0.98 / 16 * 32)] * 3
+        layer.zero_grad()
+        over_budget(group_complexity(layer, 1)).backward()
+        assert not layer.gates.grad.any()
+
+    def test_it_closes_gates(self) -> None:
+        torch.manual_seed(0)
+        backbone = head(nn.Conv2d(1, 8, 3), DGConv2d(8, 8, 3, gate_init="dense"), channels=8)
+        model = classifier(backbone, lr=0.0, group_budget=8)
+        model.hparams["lr"] = 1.0
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(parameter is backbone[1].gates)
+        backbone[-1].weight.data.zero_()  # the images say nothing, the budget is all there is
+        fit(model)
+        assert (backbone[1].gates < 0).any()
+
+    @pytest.mark.parametrize(
+        ("divisor", "message"),
+        [
+            (0, "group_budget=0 must be a finite number, 1 or more"),
+            (math.nan, "group_budget=nan must be a finite number, 1 or more"),
+            (4, "group_budget=4 needs layers that learn their groups, and the model has none: set conv: dgconv"),
+        ],
+    )
+    def test_refuses(self, divisor: float, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            classifier(static(), group_budget=divisor)
+
+    def test_gates_do_not_decay(self) -> None:
+        layer = DGConv2d(8, 8, 1)
+        decayed, rest = parameter_groups(layer, 0.1)
+        assert [id(one) for one in decayed["params"]] == [id(layer.weight)]
+        assert id(layer.gates) in [id(one) for one in rest["params"]]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pytorch_lightning import LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
+from dyn_lightning.layers import CONVS
 from dyn_lightning.record import RunFolder
 from tests.command_line import ROOT, SMALL, fit, write_config
 
@@ -263,3 +264,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_config(folder)
     succeeds(folder, "--config", "small.yaml", "--trainer.max_epochs", "1")
     return folder
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_every_layer_by_its_name(conv: str, tmp_path: Path) -> None:
+    config = {
+        "model": {"backbone": "cifar_resnet", "backbone_args": {"depth": 8}, "conv": conv, "lr": 0.05},
+        "trainer": SMALL["trainer"] | {"max_epochs": 2, "callbacks": []},
+    }
+    if conv == "dynamic":
+        config["trainer"]["callbacks"] = [{"class_path": "TemperatureAnnealing"}]
+    printed = succeeds(tmp_path, "--config", str(write_config(tmp_path, config=SMALL | config)))
+    assert conv == "static" or "convolutions replaced" in printed
+    record = json.loads((tmp_path / "runs" / "small" / "version_0" / "run.json").read_text())
+    assert record["steps"] == 38
+    assert record["metrics"]["test/top1"] > 0.3

@@ -4,6 +4,7 @@ import copy
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ class TestScopes:
         assert type(model.blocks[0].conv1) is nn.Conv2d
 
     @pytest.mark.parametrize("options", [{"share": "model"}, {"hierarchical": True}])
-    @pytest.mark.parametrize("conv", ["doconv", "ghost"])
+    @pytest.mark.parametrize("conv", ["doconv", "ghost", "dynamic"])
     def test_refuses_layers_without_a_router(self, conv: str, options: dict[str, Any]) -> None:
         with pytest.raises(
             ValueError, match="share and hierarchical need a layer with one router, given by the option"
@@ -297,6 +298,26 @@ class TestCheckpointing:
         latest = model.blocks[0].conv2.router.latest
         assert latest.weights().is_leaf
         assert not latest._pending
+
+
+def _two_processes(rank: int, folder: str, share: str, hierarchical: bool) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = shared(share, hierarchical=hierarchical)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    x = images(4)
+    (parallel(x[2 * rank : 2 * rank + 2]).square().sum() / 2).backward()
+    torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("share", "hierarchical"), [("model", False), ("block", True)])
+def test_two_processes_give_the_gradients_of_one(share: str, hierarchical: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_two_processes, (str(tmp_path), share, hierarchical), nprocs=2)
+    model = shared(share, hierarchical=hierarchical)
+    expected = [gradient / 4 for gradient in gradients(model, images(4))]
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 class TestRoutingFunctions:

@@ -18,6 +18,7 @@ from dyn_lightning.functional import (
     conv2d_repr,
     copy_bias_,
     init_kernels_,
+    prime_factors,
 )
 
 # The paper starts the gates so near to 0 that the first step of training decides.
@@ -90,9 +91,10 @@ class DGConv2d(nn.Module):
             raise ValueError(f"gate_init={gate_init!r} must be one of {list(GATE_INITS)}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
-        self.factors = _prime_factors(math.gcd(in_channels, out_channels))
+        self.factors = prime_factors(math.gcd(in_channels, out_channels))
         generator = None if gate_seed is None else Generator().manual_seed(gate_seed)
-        self.gates = nn.Parameter(START * GATE_INITS[gate_init](len(self.factors), generator))
+        self.gates = nn.Parameter(torch.empty(len(self.factors)))
+        self.gates.data.copy_(START * GATE_INITS[gate_init](len(self.factors), generator))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         init_kernels_(self.weight[None], self.bias)
@@ -115,9 +117,8 @@ class DGConv2d(nn.Module):
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """Give the grouped convolution that the layer has become, between two permutations of channels if needed."""
-        is_open = self._is_open().tolist()
-        groups = math.prod(factor for factor, one in zip(self.factors, is_open, strict=True) if not one)
-        inputs, outputs = (self._grouped_order(channels, is_open) for channels in (self.in_channels, self.out_channels))
+        groups = math.prod(factor for factor, one in zip(self.factors, self._is_open(), strict=True) if not one)
+        inputs, outputs = self._grouped_order(self.in_channels), self._grouped_order(self.out_channels)
         sorted_already = all(torch.equal(order, order.sort().values) for order in (inputs, outputs))
         make = nn.Conv2d if sorted_already else PermutedConv2d
         conv = make(**conv2d_arguments(self) | {"groups": groups}).to(self.weight)
@@ -163,12 +164,11 @@ class DGConv2d(nn.Module):
     def _is_open(self) -> Tensor:
         return self.gates.detach() >= 0
 
-    def _grouped_order(self, channels: int, is_open: list[bool]) -> Tensor:
-        """List the channels so that those of one group are neighbours: channels are alike in all closed factors."""
+    def _grouped_order(self, channels: int) -> Tensor:
+        """List the channels so that those of one group are neighbours: they are alike in the digits of closed gates."""
+        closed_first = self._is_open().int().argsort(stable=True).tolist()
         digits = torch.arange(channels, device=self.weight.device).reshape(*self.factors, -1)
-        closed = [k for k, one in enumerate(is_open) if not one]
-        opened = [k for k, one in enumerate(is_open) if one]
-        return digits.permute(*closed, *opened, len(self.factors)).flatten()
+        return digits.permute(*closed_first, len(self.factors)).flatten()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DGConv2d":
         # In float16 gates of 1e-8 would be 0, that is open.
@@ -199,23 +199,7 @@ class PermutedConv2d(nn.Conv2d):
 
 
 GATE_INITS: dict[str, Callable[[int, Generator | None], Tensor]] = {
-    "random": lambda count, generator: torch.randint(2, (count,), generator=generator) * 2.0 - 1,
+    "random": lambda count, generator: torch.randint(2, (count,), generator=generator, device="cpu") * 2.0 - 1,
     "dense": lambda count, generator: torch.ones(count),
     "depthwise": lambda count, generator: -torch.ones(count),
 }
-
-
-def _prime_factors(number: int) -> list[int]:
-    """List the prime factors, smallest first.
-
-    Example:
-        >>> _prime_factors(360)
-        [2, 2, 2, 3, 3, 5]
-    """
-    factors, factor = [], 2
-    while number > 1:
-        while number % factor == 0:
-            factors.append(factor)
-            number //= factor
-        factor += 1
-    return factors

@@ -3,7 +3,9 @@ arXiv 2103.06255.
 """
 
 import math
+from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,6 @@ from dyn_lightning.functional import (
     conv2d_repr,
     copy_bias_,
     in_format_of,
-    output_size,
     under_kernels,
     with_kernel_size,
 )
@@ -147,18 +148,50 @@ class Involution2d(nn.Module):
 def involve(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Multiply each neighbourhood of ``x`` ``(B, C, H, W)`` with its kernel, ``(B, G kH kW, H', W')``.
 
-    The kernel's elements are taken one after the other: an unfolded map would be kH kW times as large as the map.
+    The kernel's elements are taken one after the other, in the backward pass too: an unfolded map would be kH kW times
+    as large as the map.
     """
-    rows, columns = output_size((x.shape[2], x.shape[3]), kernel_size, stride, padding, dilation)
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).to(kernels.dtype)
     kernels = kernels.unflatten(1, (-1, 1, math.prod(kernel_size)))
     x = x.unflatten(1, (kernels.shape[1], -1))
-    y = x.new_zeros(())
-    for element, (i, j) in enumerate(product(*map(range, kernel_size))):
-        top, left = i * dilation[0], j * dilation[1]
-        neighbours = x[..., top :: stride[0], left :: stride[1]][..., :rows, :columns]
-        y = torch.addcmul(y, kernels[:, :, :, element], neighbours)
-    return y.flatten(1, 2)
+    # A compiler fuses the plain form, and its backward pass, better than what is written out here.
+    multiply = _multiply if torch.compiler.is_compiling() else _Multiply.apply
+    return multiply(x, kernels, kernel_size, stride, dilation).flatten(1, 2)
+
+
+class _Multiply(torch.autograd.Function):
+    """``_multiply``, with a backward pass that adds up the gradient of x in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, *geometry: Pair) -> Tensor:
+        ctx.save_for_backward(x, kernels)
+        ctx.geometry = geometry
+        return _multiply(x, kernels, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, kernels) = grads, ctx.saved_tensors
+        x_grad, kernel_grads = torch.zeros_like(x), []
+        neighbours = zip(*(_neighbours(one, grad.shape, *ctx.geometry) for one in (x, x_grad)), strict=True)
+        for kernel, (pixels, pixels_grad) in zip(kernels.unbind(3), neighbours, strict=True):
+            pixels_grad.addcmul_(kernel, grad)
+            kernel_grads.append((grad * pixels).sum(2, keepdim=True))
+        return x_grad, torch.stack(kernel_grads, 3), None, None, None
+
+
+def _multiply(x: Tensor, kernels: Tensor, *geometry: Pair) -> Tensor:
+    """Multiply ``(B, G, C / G, H, W)`` with ``(B, G, 1, kH kW, H', W')``."""
+    y = x.new_zeros(*x.shape[:3], *kernels.shape[4:])
+    for kernel, pixels in zip(kernels.unbind(3), _neighbours(x, y.shape, *geometry), strict=True):
+        y.addcmul_(kernel, pixels)
+    return y
+
+
+def _neighbours(x: Tensor, shape: torch.Size, kernel_size: Pair, stride: Pair, dilation: Pair) -> Iterator[Tensor]:
+    """Give for each element of the kernels the pixels that it is multiplied with, as views of ``x``."""
+    for i, j in product(*map(range, kernel_size)):
+        rows, columns = x[..., i * dilation[0] :: stride[0], :], slice(j * dilation[1], None, stride[1])
+        yield rows[..., columns][..., : shape[3], : shape[4]]
 
 
 def _as_numbers(padding: Pair | str, kernel_size: Pair, dilation: Pair) -> Pair:
