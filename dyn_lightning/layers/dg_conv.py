@@ -17,16 +17,16 @@ from dyn_lightning.functional import (
     conv2d_arguments,
     conv2d_repr,
     copy_bias_,
+    in_format_of,
     init_kernels_,
     prime_factors,
 )
 
-# The paper starts the gates so near to 0 that the first step of training decides.
-START = 1e-8
+START = 1e-8  # of the gates, so near to 0 that the first step of training decides
 
 
 class DGConv2d(nn.Module):
-    """Convolve with ``U o W``, where the binary ``U = U_1 x U_2 x ...`` (Kronecker) says which channels are connected.
+    """Convolve with ``U o W``: the binary ``U = U_1 x U_2 x ...`` (Kronecker) says which channels are connected.
 
     ``U_k = g_k 1 + (1 - g_k) I`` with ``g_k = (sign(gate_k) + 1) / 2``, trained through the straight-through estimator;
     ``sign(0) = +1``. The ``U_k`` are 2x2 in the paper, whose channel counts are equal powers of two; here their sizes
@@ -79,9 +79,7 @@ class DGConv2d(nn.Module):
         super().__init__()
         check_channels(in_channels, out_channels, groups)
         if groups != 1:
-            raise ValueError(
-                f"groups={groups} must be 1, since the layer learns its groups; from_conv starts from a grouped one"
-            )
+            raise ValueError(f"groups={groups} must be 1, since the layer learns them; from_conv takes a grouped one")
         if math.gcd(in_channels, out_channels) == 1:
             raise ValueError(
                 f"in_channels={in_channels} and out_channels={out_channels} must have a common factor, or there are no "
@@ -180,10 +178,7 @@ class DGConv2d(nn.Module):
 
 
 class PermutedConv2d(nn.Conv2d):
-    """A grouped convolution between two permutations of channels: what a trained ``DGConv2d`` folds to.
-
-    ``inputs`` and ``outputs`` are buffers of channel indices; arguments and shapes are those of ``nn.Conv2d``.
-    """
+    """A grouped convolution between two permutations of channels: what a trained ``DGConv2d`` folds to."""
 
     inputs: Tensor
     outputs: Tensor
@@ -195,7 +190,7 @@ class PermutedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        return super().forward(input[:, self.inputs])[:, self.outputs]
+        return in_format_of(input, super().forward(input[:, self.inputs])[:, self.outputs])
 
 
 GATE_INITS: dict[str, Callable[[int, Generator | None], Tensor]] = {

@@ -5,15 +5,13 @@ convolution and of each method, interleaved, median of several rounds; K = 4, ba
 """
 
 import json
-import platform
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dyn_lightning.functional import METHODS, choose_method, dynamic_conv2d
-from dyn_lightning.record import device_name
+from experiments.benchmarks.timing import interleaved, versions
 
 BATCH, KERNELS, ROUNDS = 32, 4, 5
 # (in channels, out channels, kernel size, groups, map size), as in ResNet-18 and MobileNetV2 at 224 and at 32 px
@@ -42,17 +40,14 @@ def measure(in_channels: int, out_channels: int, size: int, groups: int, map_siz
     weight = torch.randn(KERNELS, out_channels, in_channels // groups, size, size, requires_grad=True)
     static = weight[0].detach().clone().requires_grad_()
     padding = size // 2
-    times: dict[str, list[float]] = {name: [] for name in ("static", *METHODS)}
-    for _ in range(ROUNDS + 1):
-        for name, rounds in times.items():
-            start = time.perf_counter()
-            if name == "static":
-                output = F.conv2d(x, static, None, 1, padding, 1, groups)
-            else:
-                output = dynamic_conv2d(x, routing, weight, None, 1, padding, 1, groups, method=name)
-            output.sum().backward()
-            rounds.append(1e3 * (time.perf_counter() - start))
-    medians = {name: statistics.median(rounds[1:]) for name, rounds in times.items()}
+
+    def convolve(method: str) -> Tensor:
+        if method == "static":
+            return F.conv2d(x, static, None, 1, padding, 1, groups)
+        return dynamic_conv2d(x, routing, weight, None, 1, padding, 1, groups, method=method)
+
+    names = ("static", *METHODS)
+    medians = interleaved({name: lambda name=name: convolve(name).sum().backward() for name in names}, ROUNDS)
     chosen = choose_method(x, weight, padding=(padding, padding), groups=groups)
     return medians, chosen
 
@@ -70,12 +65,7 @@ def main() -> None:
         print(f"{shape!s:30}{times['static']:10.1f}{ratios}  {chosen}", flush=True)
         results.append({"shape": shape, "auto": chosen, **times})
     print("columns after static are times relative to it")
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device_name(torch.device("cpu")),
-    }
-    print(json.dumps({"benchmark": "methods", "batch": BATCH, "kernels": KERNELS, **versions, "results": results}))
+    print(json.dumps({"benchmark": "methods", "batch": BATCH, "kernels": KERNELS, **versions(), "results": results}))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class TestDGConv2d(LayerContract):
 
     def excluded(self, **geometry: Any) -> str:
         if geometry["groups"] != 1:
-            return f"groups={geometry['groups']} must be 1, since the layer learns its groups"
+            return f"groups={geometry['groups']} must be 1, since the layer learns them; from_conv takes a grouped one"
         if math.gcd(geometry["in_channels"], geometry["out_channels"]) == 1:
             return (
                 f"in_channels={geometry['in_channels']} and out_channels={geometry['out_channels']} must have a common "

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.models import resnet50
 
 from dyn_lightning.convert import convert
@@ -83,6 +84,21 @@ class TestInvolution2d(LayerContract):
             layer.span.weight.zero_()
         kernels = layer.span.bias.reshape(2, 1, *layer.kernel_size).repeat_interleave(2, 0)
         assert_close(layer(x), F.conv2d(x, kernels, layer.bias, (2, 1), padding=1, groups=4))
+
+    def test_memory_is_that_of_a_few_maps(self) -> None:
+        layer = Involution2d(64, 64, 7, padding=3, bias=False)
+        x = torch.randn(2, 64, 28, 28, requires_grad=True)
+        tracker = MemTracker()
+        with tracker:
+            layer(x).sum().backward()
+        (sizes,) = tracker.get_tracker_snapshot("peak").values()
+        # Of these 12 are the kernels, their gradients, and those once more in one tensor; an unfolded map has 49.
+        assert sizes["Total"] < 16 * x.numel() * x.element_size()
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_gradient_of_the_gradient(self, training: bool) -> None:
+        layer, x = self.noisy().train(training), self.images(size=(4, 3)).requires_grad_()
+        assert torch.autograd.gradgradcheck(layer, (x,))
 
     @pytest.mark.parametrize(
         ("options", "message"),
