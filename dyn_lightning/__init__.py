@@ -5,6 +5,7 @@ This package and everything below ``layers`` need torch alone; what trains (``cl
 """
 
 from dyn_lightning.convert import ConversionReport, convert
+from dyn_lightning.fold import fold
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import CONVS, CondConv2d, DynamicConv2d
 from dyn_lightning.routing import aggregation, watch
@@ -17,5 +18,6 @@ __all__ = [
     "aggregation",
     "convert",
     "dynamic_conv2d",
+    "fold",
     "watch",
 ]

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 from torchvision.models import resnet18
 
 from dyn_lightning import convert, watch
@@ -30,9 +32,17 @@ def test_ten_lines_of_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert "16 of 20 convolutions replaced" in capsys.readouterr().out
 
 
+def test_folding() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("python")[1], names)
+    kinds = [type(module) for module in names["deployed"].modules()]
+    assert (kinds.count(nn.Conv2d), kinds.count(nn.BatchNorm2d)) == (20, 0)
+    assert round(100 * (parameters(names["model"]) / parameters(resnet18()) - 1), 1) == 2.4
+
+
 def test_a_layer_of_your_own() -> None:
     module = types.ModuleType("my_package")
-    exec(blocks("python")[1], vars(module))
+    exec(blocks("python")[2], vars(module))
     model = resnet18()
     convert(model, module.MyConv2d, kernels=5)
     with watch(model) as routing:

@@ -1,6 +1,7 @@
 """DO-Conv: Depthwise Over-parameterized Convolutional Layer (Cao et al., IEEE TIP 2022), arXiv 2006.12030."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,8 @@ class DOConv2d(nn.Module):
             return self.W.unflatten(2, self.kernel_size)
         D = (self.identity + self.D).unflatten(0, (self.groups, -1))
         W = self.W.unflatten(0, (self.groups, -1))
-        with torch.autocast(W.device.type, enabled=False):  # a kernel is composed in full precision
+        # A kernel is composed in full precision. A layer without data ("meta") knows no autocast.
+        with nullcontext() if W.is_meta else torch.autocast(W.device.type, enabled=False):
             return torch.einsum("gims,gois->goim", D, W).flatten(0, 1).unflatten(2, self.kernel_size)
 
     @torch.no_grad()

@@ -70,6 +70,10 @@ class TestDOConv2d(LayerContract):
         assert layer.W.std().item() == pytest.approx(expected.weight.std().item(), rel=0.1)
         assert layer.bias.abs().max().item() == pytest.approx(expected.bias.abs().max().item(), rel=0.2)
 
+    def test_runs_without_data(self) -> None:
+        with torch.device("meta"):
+            assert DOConv2d(4, 6, 3)(torch.empty(2, 4, 7, 6)).shape == (2, 6, 5, 4)
+
     def test_counts_its_parameters_only(self) -> None:
         # The source keeps the identity as a frozen parameter: 7,232 for this layer.
         assert parameters(DOConv2d(16, 32, 3)) == 32 * 16 * 9 + 16 * 9 * 9 + 32
