@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,16 @@ def fit(folder: Path, *arguments: str, timeout: float = 180, **environment: str)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "dyn_lightning.fit", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ready to call ``main`` in a folder, with the arguments alone; what it sets is taken back."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["fit"])
+    for name in ("DYN_LIGHTNING_TRACEBACK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
 
 
 def write_config(folder: Path, name: str = "small.yaml", config: dict[str, Any] | str = SMALL) -> Path:

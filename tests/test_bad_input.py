@@ -3,7 +3,6 @@
 import copy
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,12 @@ import torch
 import yaml
 
 from dyn_lightning.fit import main
-from tests.command_line import SMALL, fit, write_config
+from tests.command_line import SMALL, fit, in_this_process, write_config
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fit"])
-    for name in ("DYN_LIGHTNING_TRACEBACK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "")  # so that what seed_everything sets is taken back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    in_this_process(tmp_path, monkeypatch)
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from pytorch_lightning import LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
+from dyn_lightning.fit import main
 from dyn_lightning.layers import CONVS
 from dyn_lightning.record import RunFolder
-from tests.command_line import ROOT, SMALL, fit, write_config
+from tests.command_line import ROOT, SMALL, fit, in_this_process, write_config
 
 # A run with all that draws random numbers: shuffling, mixup, CutMix.
 RANDOM = ["--model.mixup", "0.2", "--model.cutmix", "1.0"]
@@ -267,15 +268,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_every_layer_by_its_name(conv: str, tmp_path: Path) -> None:
-    config = {
-        "model": {"backbone": "cifar_resnet", "backbone_args": {"depth": 8}, "conv": conv, "lr": 0.05},
-        "trainer": SMALL["trainer"] | {"max_epochs": 2, "callbacks": []},
-    }
+def test_every_layer_by_its_name(
+    conv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, since the command itself is tested above."""
+    in_this_process(tmp_path, monkeypatch)
+    model = {"backbone": "cifar_resnet", "backbone_args": {"depth": 8}, "conv": conv, "lr": 0.05}
+    trainer = SMALL["trainer"] | {"max_epochs": 2, "callbacks": []}
     if conv == "dynamic":
-        config["trainer"]["callbacks"] = [{"class_path": "TemperatureAnnealing"}]
-    printed = succeeds(tmp_path, "--config", str(write_config(tmp_path, config=SMALL | config)))
-    assert conv == "static" or "convolutions replaced" in printed
-    record = json.loads((tmp_path / "runs" / "small" / "version_0" / "run.json").read_text())
-    assert record["steps"] == 38
-    assert record["metrics"]["test/top1"] > 0.3
+        trainer["callbacks"] = [{"class_path": "TemperatureAnnealing"}]
+    main(["--config", str(write_config(tmp_path, config=SMALL | {"model": model, "trainer": trainer}))])
+    assert conv == "static" or " convolutions replaced; parameters in " in capsys.readouterr().out
+    run = tmp_path / "runs" / "small" / "version_0"
+    falling = losses(run)
+    assert len(falling) == 38
+    assert sum(falling[-5:]) < 0.93 * sum(falling[:5])  # the static network reaches 0.87
+    assert "test/top1" in json.loads((run / "run.json").read_text())["metrics"]
