@@ -114,6 +114,9 @@ class ImageClassifier(LightningModule):
         self.conversion: ConversionReport | None = None
         if conv != "static":
             layer = _resolve_conv(conv)
+            twice = {"include", "exclude", "upcycle"} & set(conv_args or {})
+            if twice:
+                raise ValueError(f"conv_args has {sorted(twice)}: give model.{min(twice)} instead")
             self.conversion = convert(
                 backbone, layer, include=include, exclude=exclude, upcycle=upcycle, **(conv_args or {})
             )

@@ -1,6 +1,7 @@
 """convert(): replaces the convolutions of any network by a layer from a paper, and reports what it did."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,6 +37,7 @@ POINTWISE = "1x1"
 DEPTHWISE = "depthwise"
 GROUPED = "grouped"
 CHANNELS = "changes the number of channels"
+NO_NORM = "no batch norm and ReLU behind it"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,18 @@ RULES: dict[Any, Rule] = {
 # A 1x1 convolution with one of these in its name projects a shortcut (torchvision, timm, and the usual copies).
 SHORTCUTS = ("downsample", "shortcut", "skip", "proj")
 # The 1x1 convolutions inside these see one pixel and belong to an attention of their own (torchvision, timm).
-SQUEEZE_EXCITATIONS = ("SqueezeExcitation", "SqueezeExcite", "SEModule", "EffectiveSEModule")
+SQUEEZE_EXCITATIONS = (
+    "SqueezeExcitation",
+    "SqueezeExcite",
+    "SEModule",
+    "EffectiveSEModule",
+    "ChannelAttn",
+    "SelectiveKernelAttn",
+)
 
 CLASSIFIERS: dict[Any, Any] = {CondConv2d: CondLinear}
+# What convert put in, or a user's own routed layer: convolutions inside are theirs.
+REPLACED: Any = (Routed, *(layer for layer in CONVS.values() if layer is not nn.Conv2d))
 
 
 @dataclass(frozen=True)
@@ -136,9 +147,10 @@ def convert(
     but the first and depthwise ones (Ghost); those larger than 1x1 (DO-Conv), of these all but the first and depthwise
     ones (DGConv, self-calibrated, split attention; CompConv leaves all grouped ones) and only those that keep the
     number of channels (involution, with 7x7 kernels in the place of 3x3 unless ``kernel_size`` says otherwise). DGConv
-    and involution have groups of their own in the place of a convolution's; split attention takes the place of the
-    batch norm behind it too. A subclass of ``nn.Conv2d``
-    and a padding mode other than zeros are always left, since the new layer would not do the same; of the subclasses
+    and involution have groups of their own in the place of a convolution's. Split attention takes the place of the
+    batch norm behind it too, and only of convolutions with a batch norm and a ReLU behind them, as it contains both. By
+    its rule, a convolution that the layer refuses is left. Always left are subclasses of ``nn.Conv2d``, padding modes
+    other than zeros and convolutions with forward hooks, since the new layer would not do the same; of the subclasses
     timm's ``Conv2dSame`` is known and replaced where the layer has its padding.
 
     Args:
@@ -151,7 +163,8 @@ def convert(
         upcycle: start from the network's weights, by ``conv.from_conv``, so that a trained network's output is kept by
             the layers that can (CondConv, Dynamic Convolution, DGConv, DO-Conv; the others say what they keep).
         share: ``"layer"`` gives each layer a router of its own, ``"block"``, ``"stage"`` and ``"model"`` one to all
-            replaced layers there, which sees the input of the first of them. A block is the innermost module around a
+            replaced layers there, which sees the input of the first of them (in the order of registration, which has to
+            be that of running). A block is the innermost module around a
             layer that has several convolutions and is no container (``nn.Sequential``); a stage is blocks of one
             container up to the next one with a stride. Needs a layer with the option ``router``, as CondConv has.
         hierarchical: let each router also see the routing weights of the one before.
@@ -184,34 +197,39 @@ def convert(
     _check_globs("include", include, convolutions)
     _check_globs("exclude", exclude, convolutions)
 
-    first = next(iter(convolutions))
+    behind = norms_behind(model, with_relu=True) if rule.takes_norm else {}
+    first = _first(model)
     reasons = {
         name: _reason(name, old, model, rule.leaves, name == first, include, exclude)
         for name, old in convolutions.items()
     }
+    if rule.takes_norm and include is None:
+        reasons |= {name: NO_NORM for name, reason in reasons.items() if not reason and name not in behind}
     layers = [name for name, reason in reasons.items() if reason != SQUEEZE]
     sharing = Sharing(model, layers, share, hierarchical, options.get("router", "sigmoid"))
     made: dict[int, nn.Module] = {}
+    refusal: ValueError | None = None
     for name, old in convolutions.items():
         if reasons[name] or id(old) in made:
             continue
-        own = {**rule.options, **options, **sharing.options(name)}
         try:
-            new = make(old, **own).train(old.training)
-        except (ValueError, TypeError) as error:
-            if type(old) is nn.Conv2d:
-                raise ValueError(f"{name} = {old}: {error}") from error
-            reasons[name] = f"{type(old).__name__}: {error}"
+            new = make(old, **{**rule.options, **options, **sharing.options(name)}).train(old.training)
+        except TypeError as error:
+            raise ValueError(f"{name} = {old}: {error}") from error
+        except ValueError as error:
+            refusal = refusal or ValueError(f"{name} = {old}: {error}")
+            if include is not None and type(old) is nn.Conv2d:
+                raise refusal from error
+            reasons[name] = f"refused: {error}"
             continue
         made[id(old)] = new
         sharing.made(name, new)
     if not made:
-        raise ValueError(f"no convolution would be replaced: {reasons}")
-    sharing.check()
+        raise refusal or ValueError(f"no convolution would be replaced: {reasons}")
+    new_pass = sharing.finish()
     linear = _make_classifier(model, layer, upcycle, options) if classifier else {}
 
     report = ConversionReport()
-    behind = norms_behind(model) if rule.takes_norm else {}
     seen: set[int] = set()
     # Only now, when every new layer could be built, is the network touched.
     for name, old in convolutions.items():
@@ -229,6 +247,8 @@ def convert(
         model.set_submodule(name, new)
         counts = (_parameters(static), _parameters(new))
         report.rows.append(Conversion(name, type(static).__name__, type(new).__name__, *counts))
+    if new_pass is not None:
+        model.register_forward_pre_hook(new_pass)
     return report
 
 
@@ -255,9 +275,16 @@ def _maker(layer: Callable[..., nn.Module], rule: Rule, upcycle: bool) -> Callab
             return layer(**{**arguments, **rule.arguments, **options}).to(old.weight)
 
         return fresh
+    name = getattr(layer, "__name__", layer)
     if not hasattr(layer, "from_conv"):
-        raise ValueError(f"upcycle=True needs {getattr(layer, '__name__', layer)}.from_conv, which does not exist")
-    return layer.from_conv
+        raise ValueError(f"upcycle=True needs {name}.from_conv, which does not exist")
+
+    def upcycled(old: nn.Conv2d, **options: Any) -> nn.Module:
+        if "kernel_size" in options and "kernel_size" not in inspect.signature(layer.from_conv).parameters:
+            raise ValueError(f"kernel_size={options['kernel_size']}: upcycle=True keeps the kernels in {name}")
+        return layer.from_conv(old, **options)
+
+    return upcycled
 
 
 def _make_classifier(
@@ -267,29 +294,37 @@ def _make_classifier(
     if layer not in CLASSIFIERS:
         name, names = getattr(layer, "__name__", layer), ", ".join(one.__name__ for one in CLASSIFIERS)
         raise ValueError(f"classifier=True needs a layer with a linear form ({names}), which {name} has not")
-    linears = {name: one for name, one in model.named_modules() if type(one) is nn.Linear}
+    linears = {name: one for name, one in model.named_modules(remove_duplicate=False) if type(one) is nn.Linear}
     if not linears:
         raise ValueError(f"classifier=True, but {type(model).__name__} has no nn.Linear")
-    name, old = list(linears.items())[-1]
-    make = CLASSIFIERS[layer]
+    old = list(linears.values())[-1]
+    own = {name: options[name] for name in ("num_experts", "router") if name in options}
     if upcycle:
-        return {name: (old, make.from_linear(old, **options))}
-    new = make(old.in_features, old.out_features, old.bias is not None, **options)
-    return {name: (old, new.to(old.weight))}
+        new = CLASSIFIERS[layer].from_linear(old, **own)
+    else:
+        new = CLASSIFIERS[layer](old.in_features, old.out_features, old.bias is not None, **own).to(old.weight)
+    return {name: (old, new) for name, one in linears.items() if one is old}
 
 
 def _find(model: nn.Module) -> dict[str, nn.Conv2d]:
     """List the network's convolutions by every name, without those inside layers that were replaced before."""
-    done: Any = (Routed, *(layer for layer in CONVS.values() if layer is not nn.Conv2d))
     found: dict[str, nn.Conv2d] = {}
     inside: str | None = None
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
             continue
-        inside = f"{name}." if name and isinstance(module, done) else None
+        inside = f"{name}." if name and isinstance(module, REPLACED) else None
         if isinstance(module, nn.Conv2d) and name:
             found[name] = module
     return found
+
+
+def _first(model: nn.Module) -> str:
+    """Name the network's first convolution; empty if it was replaced before."""
+    for name, module in model.named_modules():
+        if name and isinstance(module, (nn.Conv2d, *REPLACED)):
+            return name if isinstance(module, nn.Conv2d) else ""
+    return ""
 
 
 def _reason(
@@ -306,6 +341,8 @@ def _reason(
         return f"{type(conv).__name__} is a subclass of Conv2d and does something of its own"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return "has forward hooks (weight norm, pruning, or your own), which would be lost"
     parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
     pointwise = conv.kernel_size == (1, 1)
     kinds = {

@@ -31,8 +31,10 @@ def fold(model: nn.Module, *, batch_norm: bool = True) -> nn.Module:
 
     Returns:
         A copy in eval mode, whose outputs are those of ``model`` in eval mode. A batch norm stays where the model's
-        code cannot be followed (``torch.fx``), where something else uses the layer's output too, and behind a layer
-        that is not linear in its weights.
+        code cannot be followed (``torch.fx``), where something else uses the layer, its output or the norm too, where
+        there are hooks, and behind anything but a convolution that is linear in its weights (``nn.Conv2d``, CondConv,
+        Dynamic Convolution, and what DO-Conv and DGConv fold to). A forward that asks for a convolution's bias, or for
+        the grad mode, may be misled.
 
     Example:
         >>> from dyn_lightning.layers import DOConv2d
@@ -58,31 +60,45 @@ def fold(model: nn.Module, *, batch_norm: bool = True) -> nn.Module:
     return model
 
 
-def norms_behind(model: nn.Module) -> dict[str, str]:
+def norms_behind(model: nn.Module, *, with_relu: bool = False) -> dict[str, str]:
     """Name, for each layer whose output goes into a batch norm and nowhere else, that batch norm.
 
     Each module's own code is traced symbolically, its children taken as they are. Where that fails, as it does for code
-    that looks at values or shapes, nothing is found at this level.
+    that looks at values or shapes, nothing is found at this level. Neither is a layer or norm with hooks, or one that
+    is used, or looked into, in two places.
+
+    Args:
+        model: any module; a copy of it is traced, since tracing runs its code.
+        with_relu: whether only norms are named whose output goes into a ReLU and nowhere else.
 
     Example:
         >>> norms_behind(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
         {'0': '1'}
     """
-    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    found = {}
+    model = copy.deepcopy(model)
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses: Counter[int] = Counter()
+    called_otherwise: set[int] = set()  # than the traces assume: with more than the required arguments
+    pairs: list[tuple[nn.Module, str, str]] = []
     for path, module in model.named_modules():
-        calls = _calls(module)
-        used = Counter(node.target for node in calls)
-        for node in calls:
-            before = node.args[0] if node.args else None
-            if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
-                continue
-            prefix = f"{path}." if path else ""
-            name, norm_name = _last(model, f"{prefix}{before.target}"), f"{prefix}{node.target}"
-            layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
-            once = all(used[call.target] == 1 for call in (before, node)) and paths[id(layer)] == paths[id(norm)] == 1
-            if once and isinstance(norm, BatchNorm):
-                found[name] = norm_name
+        prefix = f"{path}." if path else ""
+        for node in _trace(module):
+            name = f"{prefix}{node.target}"
+            used = model.get_submodule(name if node.op == "call_module" else name.rpartition(".")[0])
+            uses[id(used)] += used is not module
+            if node.op == "call_module" and len(node.args) + len(node.kwargs) > len(_required(used)):
+                called_otherwise.add(id(used))
+            before: Any = node.args[0] if node.op == "call_module" and node.args else None
+            follows = isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
+            if follows and isinstance(used, BatchNorm) and (not with_relu or _has_relu(node, module, used)):
+                pairs.append((module, f"{prefix}{before.target}", name))
+    found = {}
+    for module, name, norm_name in pairs:
+        name, between = _last(model, name)
+        involved = [*between, model.get_submodule(name), model.get_submodule(norm_name)]
+        once = all(names[id(one)] == uses[id(one)] == 1 and not _is_hooked(one) for one in involved)
+        if once and id(module) not in called_otherwise:
+            found[name] = norm_name
     return found
 
 
@@ -100,16 +116,16 @@ class ChannelShift(nn.Module):
 
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
-        # These cannot be followed: they ask for the layout, or differentiate by themselves.
-        super().__init__(autowrap_functions=(functional.in_format_of, involve))
+        # These cannot be followed: they ask for dimensions or the layout, or differentiate by themselves.
+        super().__init__(autowrap_functions=(functional.check_batched, functional.in_format_of, involve))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def _calls(module: nn.Module) -> list[fx.Node]:
-    """List the calls of submodules in a module's own code, none where it cannot be traced."""
-    if not any(isinstance(child, BatchNorm) for child in module.modules()):
+def _trace(module: nn.Module) -> list[fx.Node]:
+    """List the uses of submodules and parameters in a module's own code, none where it cannot be traced."""
+    if not module._modules:
         return []
     arguments = inspect.signature(module.forward).parameters.values()
     defaults = {one.name: one.default for one in arguments if one.default is not inspect.Parameter.empty}
@@ -117,16 +133,43 @@ def _calls(module: nn.Module) -> list[fx.Node]:
         graph = _Tracer().trace(module, concrete_args=defaults)
     except Exception:  # a user's code may raise anything when its inputs are symbols
         return []
-    return [node for node in graph.nodes if node.op == "call_module"]
+    # A symbol that the code put away may be used elsewhere.
+    kept = [value for one in vars(module).values() for value in (one if isinstance(one, list) else [one])]
+    if any(isinstance(value, fx.Proxy) for value in kept):
+        return []
+    return [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
 
 
-def _last(model: nn.Module, name: str) -> str:
-    """Name the module that gives the output of another: in a plain sequence it is the last one."""
+def _required(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [one.name for one in parameters if one.default is inspect.Parameter.empty]
+
+
+def _has_relu(norm_call: fx.Node, module: nn.Module, norm: Any) -> bool:
+    """Say whether a norm's output goes into a ReLU and nowhere else."""
+    if type(norm).__name__ == NORM_WITH_ACTIVATION:
+        return isinstance(norm.act, nn.ReLU)
+    if len(norm_call.users) != 1:
+        return False
+    (user,) = norm_call.users
+    if user.op == "call_module":
+        return isinstance(module.get_submodule(str(user.target)), nn.ReLU)
+    return user.target in (torch.relu, torch.relu_, nn.functional.relu, "relu", "relu_")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _last(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
+    """Name the module that gives the output of another, in a plain sequence the last one, and list those around it."""
+    around: list[nn.Module] = []
     module = model.get_submodule(name)
     while type(module) is nn.Sequential and len(module):
+        around.append(module)
         name = f"{name}.{list(module._modules)[-1]}"
         module = model.get_submodule(name)
-    return name
+    return name, around
 
 
 def _outermost_foldable(model: nn.Module) -> Iterator[tuple[str, Foldable]]:
@@ -134,7 +177,7 @@ def _outermost_foldable(model: nn.Module) -> Iterator[tuple[str, Foldable]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, Foldable):
+        if isinstance(module, Foldable) and not inspect.signature(module.fold).parameters:
             inside = f"{name}."
             yield name, module
 
@@ -143,7 +186,7 @@ def _outermost_foldable(model: nn.Module) -> Iterator[tuple[str, Foldable]]:
 def _absorb(layer: Any, norm: Any) -> nn.Module | None:
     """Move a batch norm into a layer, and give what stays in its place; None where that cannot be done."""
     with_activation = type(norm).__name__ == NORM_WITH_ACTIVATION
-    if not (type(norm) in NORMS or with_activation) or norm.running_mean is None:
+    if not (type(norm) in NORMS or with_activation) or norm.running_mean is None or norm.training:
         return None
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
@@ -155,10 +198,11 @@ def _absorb(layer: Any, norm: Any) -> nn.Module | None:
     if type(layer) in (nn.Conv2d, PermutedConv2d) or type(layer).__name__ == functional.SAME_PADDED:
         _scale_(layer, scale, shift)
     elif isinstance(layer, (CondConv2d, DynamicConv2d)):
-        layer.weight.copy_(layer.weight * scale[:, None, None, None])
+        dtype = layer.weight.dtype
+        layer.weight = nn.Parameter((layer.weight * scale[:, None, None, None]).to(dtype))
         if layer.bias is not None:
-            layer.bias.copy_(layer.bias * scale)
-        rest = ChannelShift(shift.to(layer.weight.dtype))
+            layer.bias = nn.Parameter((layer.bias * scale).to(dtype))
+        rest = ChannelShift(shift.to(dtype))
     else:
         return None
     return nn.Sequential(rest, norm.drop, norm.act) if with_activation else rest
@@ -168,5 +212,7 @@ def _scale_(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     if isinstance(conv, PermutedConv2d):  # whose kernels are in the order of its groups
         scale, shift = (values[conv.outputs.argsort()] for values in (scale, shift))
     bias = shift if conv.bias is None else conv.bias * scale + shift
-    conv.weight.copy_(conv.weight * scale[:, None, None, None])
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
+    # New parameters, as the old ones may be those of another layer too.
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter((conv.weight * scale[:, None, None, None]).to(dtype))
+    conv.bias = nn.Parameter(bias.to(dtype))

@@ -63,7 +63,7 @@ def dynamic_conv2d(
     _check_shapes(input, routing, weight, bias, groups)
     kernel_size = (weight.shape[3], weight.shape[4])
     stride, dilation = as_steps("stride", stride), as_steps("dilation", dilation)
-    input, padding = _explicit_padding(input, as_padding(padding), kernel_size, stride, dilation)
+    input, padding = explicit_padding(input, as_padding(padding), kernel_size, stride, dilation)
     if method == "auto":
         method = choose_method(input, weight, stride, padding, dilation, groups)
     elif method not in METHODS:
@@ -157,9 +157,21 @@ METHODS: dict[str, Callable[..., Tensor]] = {"grouped": _grouped, "matmul": _mat
 
 
 def in_format_of(input: Tensor, output: Tensor) -> Tensor:
-    """Lay out an output as its input is: channels_last, or contiguous."""
-    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    """Lay out an output as its input is: channels_last, or contiguous; an input of one channel or pixel is both."""
+    last = input.is_contiguous(memory_format=torch.channels_last)
+    if last and input.is_contiguous():
+        last = output.is_contiguous(memory_format=torch.channels_last)
     return output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def check_batched(input: Tensor) -> None:
+    """Check that an input is a batch of maps.
+
+    Raises:
+        ValueError: it is not ``(B, C, H, W)``.
+    """
+    if input.dim() != 4:
+        raise ValueError(f"input of shape {tuple(input.shape)} must be (B, C_in, H, W); x[None] adds a batch axis")
 
 
 def add_bias(output: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,15 +225,15 @@ def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dila
     return rows, columns
 
 
-def as_pair(value: int | Pair | list[int]) -> Pair:
+def as_pair(name: str, value: int | Pair | list[int]) -> Pair:
     """Bring one number, or two as a tuple or list, to (rows, columns).
 
     Raises:
         ValueError: neither one nor two whole numbers.
     """
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
-        raise ValueError(f"{value!r} must be a whole number or two of them, (rows, columns)")
+    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"{name}={value!r} must be a whole number or two of them, (rows, columns)")
     return values
 
 
@@ -231,7 +243,7 @@ def as_steps(name: str, value: int | Pair | list[int]) -> Pair:
     Raises:
         ValueError: not whole numbers, or one below 1.
     """
-    steps = as_pair(value)
+    steps = as_pair(name, value)
     for step in steps:
         check_count(name, step)
     return steps
@@ -241,13 +253,16 @@ def as_padding(value: int | Pair | list[int] | str) -> Pair | str:
     """Bring padding to (rows, columns), or keep ``"same"`` and ``"valid"``.
 
     Raises:
-        ValueError: another string, or neither one nor two whole numbers.
+        ValueError: another string, not whole numbers, or one below 0.
     """
-    if not isinstance(value, str):
-        return as_pair(value)
-    if value not in ("same", "valid"):
-        raise ValueError(f"padding={value!r} must be 'same', 'valid', a whole number or two of them")
-    return value
+    if isinstance(value, str):
+        if value not in ("same", "valid"):
+            raise ValueError(f"padding={value!r} must be 'same', 'valid', a whole number or two of them")
+        return value
+    padding = as_pair("padding", value)
+    for zeros in padding:
+        check_count("padding", zeros, least=0)
+    return padding
 
 
 def as_geometry(
@@ -287,7 +302,7 @@ def check_count(name: str, value: int, least: int = 1) -> None:
     Raises:
         ValueError: it is no whole number, or below the least.
     """
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a whole number")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
@@ -309,6 +324,11 @@ def prime_factors(number: int) -> list[int]:
     return factors
 
 
+def flat(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Let a module's conversion (``_apply``) see a 5-D tensor flat: the memory format channels_last is for 4-D ones."""
+    return lambda tensor: convert(tensor.flatten()).view(tensor.shape) if tensor.dim() == 5 else convert(tensor)
+
+
 def init_kernels_(weight: Tensor, bias: Tensor | None = None) -> None:
     """Initialise K kernels ``(K, C_out, C_in / groups, kH, kW)`` each as ``nn.Conv2d`` does, and their biases with 0.
 
@@ -328,6 +348,8 @@ def conv2d_arguments(conv: Any) -> dict[str, Any]:
             is padding ``"same"`` with a stride), or a padding mode other than zeros.
     """
     kind = type(conv).__name__
+    if isinstance(conv, nn.modules.conv._ConvNd) and not isinstance(conv, nn.Conv2d):
+        raise ValueError(f"{kind} is no Conv2d: leave this layer static")
     if isinstance(conv, nn.Conv2d) and type(conv) is not nn.Conv2d and kind != SAME_PADDED:
         raise ValueError(f"{kind} is a subclass of Conv2d and does something of its own: leave this layer static")
     mode = getattr(conv, "padding_mode", "zeros")
@@ -345,12 +367,12 @@ def with_kernel_size(arguments: dict[str, Any], kernel_size: int | Pair) -> dict
         ValueError: no padding does that.
     """
     before, after = arguments["kernel_size"], as_steps("kernel_size", kernel_size)
-    padding = arguments["padding"]
-    if not isinstance(padding, str):
+    padding = (0, 0) if arguments["padding"] == "valid" else arguments["padding"]
+    if padding != "same":
         grown = [arguments["dilation"][i] * (after[i] - before[i]) for i in (0, 1)]
-        if any(number % 2 for number in grown):
-            raise ValueError(f"kernel_size={after} in the place of {before} would change the size of the output")
         padding = (padding[0] + grown[0] // 2, padding[1] + grown[1] // 2)
+        if any(number % 2 for number in grown) or min(padding) < 0:
+            raise ValueError(f"kernel_size={after} in the place of {before} would change the size of the output")
     return arguments | {"kernel_size": after, "padding": padding}
 
 
@@ -376,8 +398,7 @@ def conv2d_repr(layer: Any) -> str:
 
 
 def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    if input.dim() != 4:
-        raise ValueError(f"input of shape {tuple(input.shape)} must be (B, C_in, H, W); x[None] adds a batch axis")
+    check_batched(input)
     if weight.dim() != 5:
         raise ValueError(f"weight of shape {tuple(weight.shape)} must be (K, C_out, C_in / groups, kH, kW)")
     kernels, out_channels, group_channels = weight.shape[:3]
@@ -395,10 +416,14 @@ def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor |
         raise ValueError(f"bias of shape {tuple(bias.shape)} must be (K, C_out) = ({kernels}, {out_channels})")
 
 
-def _explicit_padding(
+def explicit_padding(
     input: Tensor, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
 ) -> tuple[Tensor, Pair]:
-    """Turn 'same' and 'valid' into numbers; what 'same' has more on one side is padded here."""
+    """Turn "same" and "valid" into numbers; what "same" has more on one side is padded here.
+
+    Returns:
+        The input, padded where the sides differ, and the rows and columns of zeros to be added on both sides.
+    """
     if not isinstance(padding, str):
         return input, padding
     if padding == "valid":

@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Generator, Tensor, nn
 
-from dyn_lightning.functional import check_count
+from dyn_lightning.functional import check_batched, check_count
 from dyn_lightning.protocols import Routed
 
 
@@ -90,7 +90,7 @@ def as_router(router: str | Router) -> Router:
     Raises:
         ValueError: there is none of that name.
     """
-    if not isinstance(router, str):
+    if callable(router):
         return router
     if router not in ROUTERS:
         raise ValueError(f"router={router!r} does not exist, choose one of {list(ROUTERS)}, or pass a callable")
@@ -101,8 +101,9 @@ class SharedRouter(nn.Module):
     """Stands in a layer for the router of an earlier layer, and gives the weights that this one gave last.
 
     The router itself runs, is saved and is counted once, in its own layer. Hooks of ``watch`` and ``aggregation`` find
-    it through ``source``. Activation checkpointing may recompute layers that share a router; where it could take the
-    weights of another forward pass, it is refused.
+    it through ``source``; a forward hook of your own that changes the router's output needs ``prepend=True`` to reach
+    those who share. Activation checkpointing may recompute layers that share a router; where it could take the weights
+    of another forward pass, it is refused.
 
     Args:
         router: of the earlier layer.
@@ -165,16 +166,16 @@ class HierarchicalRouter(nn.Module):
 class _Latest:
     """The routing weights that a router gave last.
 
-    It is no module, so that the router is not part of those who ask. The weights of a pass with gradients are kept
-    until its backward pass is over, for activation checkpointing recomputes layers then. If another pass began in
-    between, the weights are not the ones that the recomputed pass had: ``pending`` counts the passes whose graph still
-    lives, by tokens that only their graphs hold. Copies and pickles begin without weights.
+    It is no module, so that the router is not part of those who ask; copies and pickles begin without weights. They are
+    kept until the next forward pass, as activation checkpointing recomputes layers in the backward pass. Then they must
+    be those of the pass that is recomputed: each pass with gradients has a token that lives as long as its graph.
     """
 
     router: nn.Module
     _weights: Tensor | None
+    _pass: "_Pass | None"  # the latest; None is one without gradients
+    _passes: "WeakSet[_Pass]"  # those whose graph lives
     _recomputed: int | None  # the number of the backward pass that recomputed the weights
-    _pending: "WeakSet[_Token]"
 
     def __init__(self, router: nn.Module) -> None:
         self.__setstate__({"router": router})
@@ -182,53 +183,66 @@ class _Latest:
 
     def weights(self) -> Tensor:
         """Give them, as they were in the forward pass that asks."""
-        weights = self._weights
-        if weights is None:
+        if self._weights is None:
             raise RuntimeError(
                 "the layer takes the routing weights of an earlier layer, which has not run before it: run the whole "
                 "model, or choose another share (or hierarchical=False) in convert"
             )
-        task = _backward_pass()
-        if task is not None and task != self._recomputed:
-            if len(self._pending) > 1:
-                raise RuntimeError(
-                    "activation checkpointing recomputes a layer that shares a router, after another forward pass of "
-                    "the model: call backward after each forward pass, or checkpoint the layers that share together"
-                )
-            if torch.is_grad_enabled() and not weights.requires_grad and _trains(self.router):
-                raise RuntimeError(
-                    "activation checkpointing with use_reentrant=True would lose the gradient of a shared router: use "
-                    "use_reentrant=False, or checkpoint the layers that share together"
-                )
+        backward = _backward_pass()
+        if backward is not None and backward != self._recomputed and not self._is_certain():
+            raise RuntimeError(
+                "activation checkpointing recomputes a layer that takes the routing weights of an earlier layer, and "
+                "they may be those of another forward pass, or lack their gradient: checkpoint these layers together, "
+                "or use use_reentrant=False and call backward before the next forward pass"
+            )
+        return self._weights
+
+    def forget(self) -> None:
+        """Begin a forward pass."""
+        self._weights = None
+
+    def _is_certain(self) -> bool:
+        """Say whether a backward pass without these weights' router can only be that of the latest forward pass."""
+        others = set(self._passes) - {self._pass}
+        if self._pass is None or self._pass not in self._passes:
+            return False
+        return not others if self._pass.is_over else all(other.is_over for other in others)
+
+    def _keep(self, router: nn.Module, args: object, weights: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and not weights.requires_grad:
+                weights = weights + _ANCHOR  # all is frozen up to here, but the graph has to hold the pass
+            self._recomputed = _backward_pass()
+            if self._recomputed is None:
+                self._pass = self._new_pass(weights) if weights.requires_grad else None
+        self._weights = weights
         return weights
 
-    def _keep(self, router: nn.Module, args: object, weights: Tensor) -> None:
-        self._weights = weights
-        if torch.compiler.is_compiling():
-            return
-        self._recomputed = _backward_pass()
-        if weights.requires_grad:
-            token = _Token()
-            self._pending.add(token)
-            weights.register_hook(partial(self._release, token))
+    def _new_pass(self, weights: Tensor) -> "_Pass":
+        one = _Pass()
+        self._passes.add(one)
+        weights.register_hook(partial(self._release, one))
+        return one
 
-    def _release(self, token: "_Token", gradient: Tensor) -> None:
-        self._pending.discard(token)
-        if self._weights is not None and not self._pending:
-            self._weights = self._weights.detach().requires_grad_()  # lets go of the graph
+    def _release(self, one: "_Pass", gradient: Tensor) -> None:
+        one.is_over = True
+        if self._weights is not None and one is self._pass:
+            self._weights = self._weights.detach()  # lets go of the graph
 
     def __getstate__(self) -> dict[str, Any]:
         return {"router": self.router}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.router = state["router"]
-        self._weights = None
-        self._recomputed = None
-        self._pending = WeakSet()
+        self._weights = self._pass = self._recomputed = None
+        self._passes = WeakSet()
 
 
-class _Token:
-    pass
+class _Pass:
+    is_over = False  # whether its backward pass has reached the router
+
+
+_ANCHOR = torch.zeros((), requires_grad=True)
 
 
 def _backward_pass() -> int | None:
@@ -239,13 +253,12 @@ def _backward_pass() -> int | None:
     return None if number == -1 else number
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
 def pooled(x: Tensor) -> Tensor:
     """Average a feature map ``(B, C, H, W)`` over its pixels; ``(B, C)`` is pooled already."""
-    return x.mean((2, 3)) if x.dim() == 4 else x
+    if x.dim() == 2:
+        return x
+    check_batched(x)
+    return x.mean((2, 3))
 
 
 def _perceptron(in_channels: int, num_experts: int, hidden: float) -> nn.Module:

@@ -36,6 +36,7 @@ class Sharing:
         self.scopes = SHARES[share](model, names)
         self.shared: dict[str, SharedRouter] = {}  # by scope
         self.previous: nn.Module | None = None
+        self.takers: list[SharedRouter | HierarchicalRouter] = []  # of the weights of another layer
         self.followers = 0
 
     def options(self, name: str) -> dict[str, Any]:
@@ -62,38 +63,51 @@ class Sharing:
                 "share and hierarchical need a layer with one router, given by the option `router`, as CondConv2d has; "
                 f"{type(layer).__name__} has not"
             )
-        scope = self.scopes.get(name, name)
-        if scope in self.shared:
+        router, scope = layer.routers()["router"], self.scopes.get(name, name)
+        if isinstance(router, (SharedRouter, HierarchicalRouter)) and router not in self.takers:
+            self.takers.append(router)
+        if scope not in self.shared:
+            self.previous, self.shared[scope] = router, SharedRouter(router)
+        elif router is self.shared[scope]:
             self.followers += 1
-            return
-        self.previous = layer.routers()["router"]
-        self.shared[scope] = SharedRouter(self.previous)
 
-    def check(self) -> None:
-        """Check that something is shared, if it was asked for.
+    def finish(self) -> "_NewPass | None":
+        """Give what has to run before each forward pass of the model, when all layers are made.
 
         Raises:
-            ValueError: no two layers share a router.
+            ValueError: no two layers share a router, though it was asked for.
         """
         if self.share != "layer" and not self.followers:
             raise ValueError(
                 f"share={self.share!r} would share no router: no two of the replaced layers are in one {self.share}; "
                 "use share='layer', or 'model'"
             )
+        return _NewPass(self.takers) if self.takers else None
+
+
+class _NewPass:
+    """A forward pre-hook of the model: weights of an earlier pass are none of this one."""
+
+    def __init__(self, takers: list[SharedRouter | HierarchicalRouter]) -> None:
+        self.takers = takers
+
+    def __call__(self, model: nn.Module, args: object) -> None:
+        for taker in self.takers:
+            taker.latest.forget()
 
 
 def _model(model: nn.Module, names: list[str]) -> dict[str, str]:
     return dict.fromkeys(names, "")
 
 
-def _blocks(model: nn.Module, names: list[str]) -> dict[str, str]:
+def _blocks(model: nn.Module, names: list[str], least: int = 2) -> dict[str, str]:
     """Name for each convolution the innermost module that holds several and is no container, where there is one."""
     blocks = {}
     for name in names:
         parent = name
         while parent := parent.rpartition(".")[0]:
-            several = sum(other.startswith(f"{parent}.") for other in names) > 1
-            if several and not isinstance(model.get_submodule(parent), CONTAINERS):
+            count = sum(other.startswith(f"{parent}.") for other in names)
+            if count >= least and not isinstance(model.get_submodule(parent), CONTAINERS):
                 blocks[name] = parent
                 break
     return blocks
@@ -101,7 +115,7 @@ def _blocks(model: nn.Module, names: list[str]) -> dict[str, str]:
 
 def _stages(model: nn.Module, names: list[str]) -> dict[str, str]:
     """Name for each convolution in a block the first block of its stage: of one container, up to the next stride."""
-    blocks = _blocks(model, names)
+    blocks = {**_blocks(model, names, least=1), **_blocks(model, names)}  # one is enough where none has several
     convs: dict[str, Any] = {name: model.get_submodule(name) for name in blocks}
     strided = {block for name, block in blocks.items() if max(convs[name].stride) > 1}
     stages: dict[str, str] = {}

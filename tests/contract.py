@@ -38,6 +38,7 @@ class LayerContract:
     scale: ClassVar[float] = 1.0  # of the noise in the parameters; layers of several convolutions need a smaller one
     straight_through: ClassVar[tuple[str, ...]] = ()  # parameters whose gradient is not that of the output
     keeps_output: ClassVar[bool] = True  # whether from_conv does
+    takes_one_image: ClassVar[bool] = False  # without a batch axis, as nn.Conv2d does
 
     def excluded(self, **geometry: Any) -> str:
         """Give what the constructor says of a geometry that the layer's definition excludes, else nothing."""
@@ -121,6 +122,14 @@ class LayerContract:
             norm.running_var, norm.running_mean = seen[norm]
         assert_close(layer.eval()(x), y)
 
+    def test_takes_a_batch_only_or_what_conv2d_takes(self) -> None:
+        layer, x = self.noisy(padding=1), self.images()[0]
+        if self.takes_one_image:
+            assert_close(layer(x), layer(x[None])[0])
+        else:
+            with pytest.raises(ValueError, match=r"must be \(B, C_in, H, W\); x\[None\] adds a batch axis"):
+                layer(x)
+
     def test_samples_do_not_see_each_other(self) -> None:
         layer, x = self.noisy(), self.images(3)
         assert_close(layer(x)[1:2], layer(x[1:2]))
@@ -179,6 +188,9 @@ class LayerContract:
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert layer(x).is_contiguous()
         assert_close(y, layer(x))
+        expected = layer(x)
+        layer.to(memory_format=torch.channels_last)
+        assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected)
 
     @pytest.mark.parametrize("dtype", TOLERANCES)
     def test_module_in_any_dtype(self, dtype: torch.dtype) -> None:
@@ -249,6 +261,10 @@ class LayerContract:
         fill_with_noise_(layer, seed=1)
         assert torch.equal(conv(x), before(x))
 
+    def test_from_conv_refuses_what_is_no_conv2d(self) -> None:
+        with pytest.raises(ValueError, match=r"ConvTranspose2d is no Conv2d: leave this layer static"):
+            self.from_conv(nn.ConvTranspose2d(4, 4, 3))
+
     def test_from_conv_refuses_a_padding_mode(self) -> None:
         with pytest.raises(ValueError, match="padding_mode='reflect' is not supported, only 'zeros' is"):
             self.from_conv(self.static(padding_mode="reflect", padding=1))
@@ -265,9 +281,14 @@ class LayerContract:
             ({"in_channels": 0}, "in_channels=0 must be at least 1"),
             ({"out_channels": -1}, "out_channels=-1 must be at least 1"),
             ({"padding": "some"}, "padding='some' must be 'same', 'valid', a whole number or two of them"),
-            ({"kernel_size": (3, 3, 3)}, "(3, 3, 3) must be a whole number or two of them"),
-            ({"stride": (1, 2.5)}, "(1, 2.5) must be a whole number or two of them"),
-            ({"stride": 2.5}, "2.5 must be a whole number or two of them"),
+            ({"padding": -1}, "padding=-1 must be at least 0"),
+            (
+                {"kernel_size": (3, 3, 3)},
+                "kernel_size=(3, 3, 3) must be a whole number or two of them, (rows, columns)",
+            ),
+            ({"stride": (1, 2.5)}, "stride=(1, 2.5) must be a whole number or two of them"),
+            ({"dilation": 2.5}, "dilation=2.5 must be a whole number or two of them"),
+            ({"groups": True}, "groups=True must be a whole number"),
         ],
         ids=str,
     )

@@ -40,6 +40,13 @@ class Holding(nn.Module):
         return {}
 
 
+def picky(*args: Any, bias: bool, **kw: Any) -> nn.Module:
+    """A layer that refuses some arguments."""
+    if not bias:
+        raise ValueError("mine")
+    return Own(*args, **kw)
+
+
 def small() -> nn.Sequential:
     """Three convolutions: 0, 2, 4."""
     return nn.Sequential(
@@ -164,7 +171,7 @@ class TestDefaultRule:
         with torch.device("meta"):
             model = timm.create_model("tf_efficientnet_b0", pretrained=False)
             report = convert(model, "doconv")
-        text = "Conv2dSame: padding='same' needs stride=1, not stride=(2, 2); give the padding as numbers"
+        text = "refused: padding='same' needs stride=1, not stride=(2, 2); give the padding as numbers"
         assert [name for name, reason in report.left.items() if reason == text] == [
             "conv_stem",
             *(f"blocks.{stage}.0.conv_dw" for stage in (1, 2, 3, 5)),
@@ -185,6 +192,8 @@ class TestDefaultRule:
         assert report.rows[1].after == "Involution2d(64, 64, k=7x7)"
         assert model.layer1[0].conv1.padding == (3, 3)
         assert model(x).shape == (2, 7)
+        with pytest.raises(ValueError, match=r"kernel_size=5: upcycle=True keeps the kernels in DOConv2d"):
+            convert(model, "doconv", include="layer3.*", kernel_size=5, upcycle=True)
         for upcycle in (True, False):
             convert(model, "involution", include="layer2.1.*", kernel_size=5, upcycle=upcycle)
             assert model.layer2[1].conv1.kernel_size == (5, 5)
@@ -192,6 +201,14 @@ class TestDefaultRule:
             model.layer2[1] = copy.deepcopy(torchvision.models.resnet18().layer2[1])
         with pytest.raises(ValueError, match=r"kernel_size=\(4, 4\) in the place of \(3, 3\) would change the size"):
             convert(model, "involution", include="layer3.1.*", kernel_size=4)
+
+    def test_kernel_size_keeps_the_size_of_the_output(self) -> None:
+        model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding="valid")), torch.randn(2, 3, 9, 8)
+        shape = model(x).shape
+        convert(model, "involution")
+        assert model(x).shape == shape
+        with pytest.raises(ValueError, match=r"kernel_size=\(1, 1\) in the place of \(3, 3\) would change the size"):
+            convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "doconv", kernel_size=1)
 
     def test_kernel_size_of_any_layer(self) -> None:
         model = small()
@@ -209,6 +226,47 @@ class TestDefaultRule:
         block, x = blocks[0].eval(), torch.randn(2, 64, 9, 8)
         y = block.bn3(block.conv3(block.conv2(torch.relu(block.bn1(block.conv1(x)))))) + block.downsample(x)
         assert_close(block(x), torch.relu(y))
+
+    def test_split_attention_needs_a_norm_and_a_relu_behind_it(self) -> None:
+        """It has both inside: residual branches of basic blocks and other activations would change their meaning."""
+        reason = "no batch norm and ReLU behind it"
+        with torch.device("meta"):
+            report = convert(torchvision.models.resnet18(), "splitattention")
+            assert report.replaced == [f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
+            assert report.left["layer1.0.conv2"] == reason
+            for silu in ("efficientnetv2_rw_t", "cspresnet50"):
+                model = timm.create_model(silu, pretrained=False)
+                with pytest.raises(ValueError, match=reason):
+                    convert(model, "splitattention")
+            model = torchvision.models.resnet18()
+            report = convert(model, "splitattention", include="layer1.0.conv2")
+            assert report.replaced == ["layer1.0.conv2"]
+            assert type(model.layer1[0].bn2) is nn.BatchNorm2d
+
+    def test_conversion_leaves_no_traces_of_its_looking(self) -> None:
+        class Counting(nn.Sequential):
+            calls = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                self.last = super().forward(x)
+                return self.last
+
+        model = Counting(nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+        assert convert(model, "splitattention").replaced == ["1.0"]
+        assert (model.calls, hasattr(model, "last")) == (0, False)
+
+    @pytest.mark.parametrize("change", [nn.utils.spectral_norm, lambda conv: conv.register_forward_hook(print)])
+    def test_convolutions_with_hooks_are_left(self, change: Callable[[nn.Module], object]) -> None:
+        model = small()
+        change(model[2])
+        report = convert(model, "doconv", upcycle=True)
+        assert report.left == {"2": "has forward hooks (weight norm, pruning, or your own), which would be lost"}
+
+    def test_the_first_convolution_is_the_network_s(self) -> None:
+        model = small()
+        convert(model, "doconv", include="0")
+        assert convert(model, "dynamic").replaced == ["2", "4"]
 
     def test_dgconv_learns_the_groups_that_there_were(self) -> None:
         model = torchvision.models.resnext50_32x4d(num_classes=7)
@@ -291,13 +349,10 @@ class TestConv:
     @pytest.mark.parametrize("conv", ["dynamic", "condconv"])
     def test_the_new_layers_have_the_old_shapes(self, conv: str) -> None:
         model, x = small(), torch.randn(2, 3, 15, 13)
-        shapes = []
-        for layer in (model[2], model[4]):
-            layer.register_forward_hook(lambda module, args, y: shapes.append(y.shape))
-        y = model(x)
+        shape, inner = model(x).shape, model[:3](x).shape
         convert(model, conv)
-        assert model(x).shape == y.shape
-        assert model[2](model[:2](x)).shape == shapes[0]
+        assert model(x).shape == shape
+        assert model[:3](x).shape == inner
 
     @pytest.mark.parametrize("conv", ["dynamic", Own])
     @pytest.mark.parametrize("training", [True, False])
@@ -336,16 +391,19 @@ class TestRefusal:
         assert all(layer is old for layer, old in zip(model, before, strict=True))
 
     def test_of_a_later_layer_leaves_the_earlier_untouched(self) -> None:
-        def picky(*args: Any, bias: bool, **kw: Any) -> nn.Module:
-            if not bias:
-                raise ValueError("mine")
-            return Own(*args, **kw)
-
         model = small()
         before = list(model)
         with pytest.raises(ValueError, match=r"4 = Conv2d\(6, 5.*: mine"):
-            convert(model, picky)
+            convert(model, picky, include=["2", "4"])
         assert all(layer is old for layer, old in zip(model, before, strict=True))
+
+    def test_by_the_rule_leaves_the_layer(self) -> None:
+        report = convert(small(), picky)
+        assert (report.replaced, report.left["4"]) == (["2"], "refused: mine")
+        with torch.device("meta"):
+            report = convert(timm.create_model("regnety_002", pretrained=False), "involution")
+        assert "refused: group_channels=16 must divide in_channels=24: take fewer (or 1)" in report.left.values()
+        assert report.replaced
 
     def test_upcycle_needs_from_conv(self) -> None:
         with pytest.raises(ValueError, match=r"upcycle=True needs Own\.from_conv, which does not exist"):

@@ -181,9 +181,11 @@ def test_same_padding_with_a_stride_is_tensorflow_s(
     input, routing, weight, bias = draw(size=size, kernel_size=kernel_size)
     geometry = {"stride": stride, "dilation": dilation}
     y = dynamic_conv2d(input, routing, weight, bias, padding="same", method=method, **geometry)
-    padded = timm.layers.pad_same(input, kernel_size, as_pair(stride), as_pair(dilation))
+    padded = timm.layers.pad_same(input, kernel_size, as_pair("stride", stride), as_pair("dilation", dilation))
     assert_close(y, loop(padded, routing, weight, bias, **geometry))
-    assert y.shape[2:] == tuple(math.ceil(length / step) for length, step in zip(size, as_pair(stride), strict=True))
+    assert y.shape[2:] == tuple(
+        math.ceil(length / step) for length, step in zip(size, as_pair("stride", stride), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

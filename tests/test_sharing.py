@@ -21,6 +21,7 @@ from dyn_lightning.routing import (
     ROUTERS,
     HierarchicalRouter,
     SigmoidRouter,
+    SoftmaxAttention,
     SoftmaxRouter,
     aggregation,
     named_routers,
@@ -137,6 +138,7 @@ class TestScopes:
                 "share='block' would share no router: no two of the replaced layers are in one block; use share=",
             ),
             ({"router": "tanh"}, "router='tanh' does not exist, choose one of ['sigmoid', 'softmax', 'hidden_small'"),
+            ({"router": 3}, "router=3 does not exist, choose one of ['sigmoid', 'softmax', 'hidden_small'"),
         ],
     )
     def test_refuses(self, options: dict[str, Any], message: str) -> None:
@@ -237,8 +239,30 @@ class TestSharedRouter:
         ):
             model.blocks[0].conv2(torch.randn(2, 4, 7, 6).double())
 
+    def test_weights_of_another_pass_are_not_taken(self) -> None:
+        class Skipping(Net):
+            skip = False
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.stem(x)
+                for block in self.blocks[1:] if self.skip else self.blocks:
+                    x = block(x)
+                return x
+
+        model = Skipping()
+        convert(model, "condconv", share="model")
+        model(torch.randn(2, 3, 7, 6))
+        model.skip = True
+        with pytest.raises(
+            RuntimeError, match="takes the routing weights of an earlier layer, which has not run before"
+        ):
+            model(torch.randn(2, 3, 7, 6))
+
     def test_weight_decay_and_trainable_parameters_count_it_once(self) -> None:
         assert len(list(shared("model").parameters())) == 2 + 6 * 2 + 2
+
+
+UNCERTAIN = "they may be those of another forward pass, or lack their gradient: checkpoint these layers together"
 
 
 def checkpointed(use_reentrant: bool = False) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -281,23 +305,65 @@ class TestCheckpointing:
             if share == "block":  # each block runs its own router again
                 assert_close(both(model), expected)
             else:
-                with pytest.raises(
-                    RuntimeError, match="recomputes a layer that shares a router, after another forward"
-                ):
+                with pytest.raises(RuntimeError, match=UNCERTAIN):
                     both(model)
 
     def test_reentrant_across_blocks_is_refused(self) -> None:
         model = shared("model")
         model.around = checkpointed(use_reentrant=True)
-        with pytest.raises(RuntimeError, match="use_reentrant=True would lose the gradient of a shared router"):
+        with pytest.raises(RuntimeError, match=UNCERTAIN):
             model(images().requires_grad_()).sum().backward()
+
+    @pytest.mark.parametrize("frozen", [["router"], ["router", "stem"]])
+    @pytest.mark.parametrize("options", [{"share": "model"}, {"share": "block", "hierarchical": True}])
+    def test_frozen_routers(self, options: dict[str, Any], frozen: list[str]) -> None:
+        model, x = shared(**options), images()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+
+        def grads(between: bool = False) -> list[Tensor]:
+            model.zero_grad()
+            y = model(x).square().sum()
+            if between:
+                with torch.no_grad():
+                    model(images(3)[:2])
+            y.backward()
+            return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+        expected = grads()
+        model.around = checkpointed()
+        assert_close(grads(), expected)
+        with pytest.raises(RuntimeError, match=UNCERTAIN):
+            grads(between=True)
+        if frozen == ["router"]:
+            model.around = checkpointed(use_reentrant=True)
+            with pytest.raises(RuntimeError, match=UNCERTAIN):
+                grads()
+
+    def test_a_graph_that_is_kept(self) -> None:
+        model, x = shared("model"), images()
+        model.around = checkpointed()
+        kept = model(x).square().sum()
+        kept.backward(retain_graph=True)
+        model(images(3)).sum().backward()
+        with pytest.raises(RuntimeError, match=UNCERTAIN):
+            kept.backward()
+
+    def test_losses_that_are_kept_do_not_count(self) -> None:
+        model, x = shared("model"), images()
+        expected = gradients(model, x)
+        model.around = checkpointed()
+        losses = []
+        for _ in range(3):
+            model.zero_grad()
+            losses.append(model(x).square().sum())
+            losses[-1].backward()
+        assert_close([parameter.grad for parameter in model.parameters()], expected)
 
     def test_the_graph_is_let_go_after_the_backward_pass(self) -> None:
         model = shared("model")
         model(images()).sum().backward()
-        latest = model.blocks[0].conv2.router.latest
-        assert latest.weights().is_leaf
-        assert not latest._pending
+        assert model.blocks[0].conv2.router.latest.weights().is_leaf
 
 
 def _two_processes(rank: int, folder: str, share: str, hierarchical: bool) -> None:
@@ -350,6 +416,10 @@ class TestRoutingFunctions:
         layer = CondConv2d.from_conv(conv, num_experts=3, router=router)
         assert_close(layer(x), conv(x))
 
+    def test_upcycling_refuses_a_router_that_it_cannot_make_constant(self) -> None:
+        with pytest.raises(ValueError, match="SoftmaxAttention has no `constant_`"):
+            CondConv2d.from_conv(nn.Conv2d(4, 6, 3), router=SoftmaxAttention)
+
     def test_hidden_must_be_a_number(self) -> None:
         with pytest.raises(ValueError, match="hidden=-1 must be a finite number, 0 or more"):
             SigmoidRouter(4, 3, hidden=-1)
@@ -392,6 +462,10 @@ class TestCondLinear:
         assert (layer.bias is None) == (not bias)
         assert linear.extra_repr() in layer.extra_repr()
 
+    def test_takes_a_batch_of_vectors_only(self) -> None:
+        with pytest.raises(ValueError, match=re.escape("input of shape (2, 3, 4) must be (B, in_features)")):
+            CondLinear(4, 6)(torch.randn(2, 3, 4))
+
     @pytest.mark.parametrize("batch", [0, 1])
     def test_small_batches_and_gradients(self, batch: int) -> None:
         layer = CondLinear(4, 6)
@@ -419,6 +493,13 @@ class TestCondLinear:
         assert report.rows[-1].parameters_after == 3 * (512 + 1) * 7 + (512 + 1) * 3
         assert not upcycle or torch.allclose(model(x), logits, atol=1e-4)
         assert "fc" in named_routers(model)
+
+    def test_convert_replaces_it_under_every_name_and_with_its_own_options(self) -> None:
+        model = torchvision.models.resnet18(num_classes=7)
+        model.head = model.fc
+        convert(model, "condconv", include="layer4.1.conv2", classifier=True, num_experts=3, kernel_size=5)
+        assert model.head is model.fc
+        assert len(model.fc.weight) == 3
 
     def test_convert_refuses_a_classifier_that_is_not_there(self) -> None:
         with pytest.raises(ValueError, match=r"classifier=True, but Net has no nn\.Linear"):

@@ -13,6 +13,7 @@ from dyn_lightning.functional import (
     Pair,
     add_bias,
     as_geometry,
+    check_batched,
     check_channels,
     check_count,
     conv2d_arguments,
@@ -28,7 +29,7 @@ class CompConv2d(nn.Module):
     """Convolve to few channels, then double them d times: one half is copied or cheap, the other convolved.
 
     With ``c = ceil(C_out / (2 (2^d - 1)))`` and ``X`` the input: ``y_1 = [X's next c channels, conv_1(X)]``,
-    ``y_i = [X's next 2^(i-1) c channels, conv_i(y_(i-1))]``, ``y_d = [conv_d(y_(d-1)), tail(y_(d-1))]``; all are
+    ``y_i = [X's next 2^(i-1) c channels, conv_i(y_(i-1))]``, ``y_d = [tail(y_(d-1)), conv_d(y_(d-1))]``; all are
     concatenated, the last channels of the tail dropped where there are more than C_out, and shuffled. For d = 1 the
     tail works on ``conv_1(X)``, which with a depthwise tail is the Ghost module's arrangement. There is no norm and no
     activation inside: the equations have none, and the network has its own behind the layer.
@@ -54,8 +55,8 @@ class CompConv2d(nn.Module):
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``.
 
     Raises:
-        ValueError: more copied channels than C_in, groups that do not divide C_in and c, an unknown tail, copy or
-            padding, a count below 1.
+        ValueError: more copied channels than C_in, so few output channels that nothing is left for the tail, groups
+            that do not divide C_in and c, an unknown tail, copy or padding, a count below 1.
 
     Example:
         >>> CompConv2d(4, 6, 3, padding=1, depth=2)(torch.randn(2, 4, 7, 6)).shape
@@ -90,17 +91,18 @@ class CompConv2d(nn.Module):
             raise ValueError(f"tail={tail!r} must be 'depthwise' or 'full'")
         if copy not in COPIES:
             raise ValueError(f"copy={copy!r} must be one of {list(COPIES)}")
-        primary = math.ceil(out_channels / (2 * (2**depth - 1)))
+        primary = -(-out_channels // (2 * (2**depth - 1)))  # rounded up
         copied = (2 ** (depth - 1) - 1) * primary
         if copied > in_channels:
             raise ValueError(
                 f"depth={depth} copies {copied} channels for out_channels={out_channels}, but in_channels="
                 f"{in_channels} has not so many: take a smaller depth, 1 copies none"
             )
-        if (3 * 2 ** (depth - 1) - 2) * primary >= out_channels:
+        tail_channels = out_channels - (3 * 2 ** (depth - 1) - 2) * primary
+        if tail_channels < 1:
             raise ValueError(
-                f"depth={depth} makes {(3 * 2 ** (depth - 1) - 2) * primary} channels before the tail, which leaves "
-                f"nothing for it in out_channels={out_channels}: take a smaller depth, or leave the layer static"
+                f"depth={depth} makes {out_channels - tail_channels} channels without the tail, which leaves nothing "
+                f"for it in out_channels={out_channels}: take a smaller depth, or leave the layer static"
             )
         if primary % groups:
             raise ValueError(
@@ -110,6 +112,7 @@ class CompConv2d(nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
         self.depth, self.copy, self.shuffle = depth, copy, math.gcd(shuffle, out_channels)
+        self.tail_channels = tail_channels  # that are kept
         self.widths = [2**i * primary for i in range(depth)]  # of conv_1 ... conv_d
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, groups)
         self.convs = nn.ModuleList([nn.Conv2d(in_channels, primary, *geometry, bias=False)])
@@ -119,13 +122,14 @@ class CompConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
+        check_batched(x)
         conv, *convs = self.convs
         y, ys = conv(x), []
         for copied, conv in zip(self._copies(x), convs, strict=True):
             ys.append(torch.cat([copied.to(y.dtype), y], 1))
             y = conv(ys[-1])
-        tail = self.tail(ys[-1] if ys else y)
-        y = torch.cat([*ys, y, tail], 1)[:, : self.out_channels]
+        tail = self.tail(ys[-1] if ys else y)[:, : self.tail_channels]
+        y = torch.cat([*ys, tail, y], 1)
         y = y.unflatten(1, (self.shuffle, -1)).transpose(1, 2).flatten(1, 2)
         return in_format_of(x, add_bias(y, self.bias))
 
@@ -175,7 +179,7 @@ class CompConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""
-        return f"{conv2d_repr(self)}, depth={self.depth}, shuffle={self.shuffle}"
+        return f"{conv2d_repr(self)}, depth={self.depth}, copy={self.copy!r}, shuffle={self.shuffle}"
 
 
 COPIES: dict[str, Callable[[Tensor, Pair], Tensor]] = {

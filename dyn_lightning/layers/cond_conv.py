@@ -2,6 +2,7 @@
 arXiv 1904.04971.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dyn_lightning.functional import (
     conv2d_arguments,
     conv2d_repr,
     dynamic_conv2d,
+    flat,
     init_kernels_,
 )
 from dyn_lightning.routing import Router, as_router
@@ -107,6 +109,9 @@ class CondConv2d(nn.Module):
         _copy_experts_(layer, conv)
         return layer
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CondConv2d":
+        return super()._apply(flat(fn), recurse)
+
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""
         return f"{conv2d_repr(self)}, num_experts={len(self.weight)}"
@@ -154,6 +159,8 @@ class CondLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, in_features)``."""
+        if x.dim() != 2:
+            raise ValueError(f"input of shape {tuple(x.shape)} must be (B, in_features)")
         return dynamic_conv2d(x[:, :, None, None], self.router(x), self.weight[..., None, None], self.bias).flatten(1)
 
     def routers(self) -> dict[str, nn.Module]:
@@ -183,6 +190,10 @@ class CondLinear(nn.Module):
 
 def _copy_experts_(layer: Any, static: Any) -> None:
     """Make every expert the static layer divided by the sum of the routing weights, which become constant."""
+    if not hasattr(layer.router, "constant_"):
+        raise ValueError(
+            f"{type(layer.router).__name__} has no `constant_`, which makes its weights the same for all images"
+        )
     mass = layer.router.constant_().sum()
     layer.weight.copy_(static.weight / mass)
     if static.bias is not None:

@@ -14,6 +14,7 @@ from dyn_lightning.functional import (
     Pair,
     as_geometry,
     check_channels,
+    check_count,
     conv2d_arguments,
     conv2d_repr,
     copy_bias_,
@@ -81,18 +82,19 @@ class DGConv2d(nn.Module):
         if groups != 1:
             raise ValueError(f"groups={groups} must be 1, since the layer learns them; from_conv takes a grouped one")
         if math.gcd(in_channels, out_channels) == 1:
-            raise ValueError(
-                f"in_channels={in_channels} and out_channels={out_channels} must have a common factor, or there are no "
-                "groups to learn: use nn.Conv2d (conv: static)"
-            )
+            shapes = f"in_channels={in_channels} and out_channels={out_channels}"
+            raise ValueError(f"{shapes} must have a common factor, or there are no groups to learn: use nn.Conv2d")
         if gate_init not in GATE_INITS:
             raise ValueError(f"gate_init={gate_init!r} must be one of {list(GATE_INITS)}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
         self.factors = prime_factors(math.gcd(in_channels, out_channels))
+        if gate_seed is not None:
+            check_count("gate_seed", gate_seed, least=0)
         generator = None if gate_seed is None else Generator().manual_seed(gate_seed)
-        self.gates = nn.Parameter(torch.empty(len(self.factors)))
-        self.gates.data.copy_(START * GATE_INITS[gate_init](len(self.factors), generator))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        signs = GATE_INITS[gate_init](len(self.factors), generator)
+        self.gates = nn.Parameter(torch.empty(len(signs), dtype=wide).copy_(START * signs.to(wide)))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         init_kernels_(self.weight[None], self.bias)
@@ -169,12 +171,11 @@ class DGConv2d(nn.Module):
         return digits.permute(*closed_first, len(self.factors)).flatten()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DGConv2d":
-        # In float16 gates of 1e-8 would be 0, that is open.
-        gates = self.gates.detach()
-        super()._apply(fn, recurse)
-        if self.gates.dtype.itemsize < gates.dtype.itemsize and self.gates.dtype.itemsize < 4:
-            self.gates.data = gates.to(self.gates.device)
-        return self
+        def wide(tensor: Tensor) -> Tensor:  # in float16 gates of 1e-8 would be 0, that is open
+            moved, is_gate = fn(tensor), tensor is self.gates or tensor is self.gates.grad
+            return tensor.to(moved.device) if is_gate and moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(wide, recurse)
 
 
 class PermutedConv2d(nn.Conv2d):

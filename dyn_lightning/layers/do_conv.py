@@ -53,8 +53,6 @@ class DOConv2d(nn.Module):
         Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
-    identity: Tensor
-
     def __init__(
         self,
         in_channels: int,
@@ -73,8 +71,10 @@ class DOConv2d(nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
         area = math.prod(self.kernel_size)
-        elements = area if depth_multiplier is None or area == 1 else depth_multiplier
+        elements = area if depth_multiplier is None else depth_multiplier
         check_count("depth_multiplier", elements)
+        if area == 1:
+            elements = 1
         if elements < area:
             raise ValueError(
                 f"depth_multiplier={depth_multiplier} must be at least the kernel's area, {area} for "
@@ -83,9 +83,6 @@ class DOConv2d(nn.Module):
         self.W = nn.Parameter(torch.empty(out_channels, in_channels // groups, elements))
         self.D = nn.Parameter(torch.zeros(in_channels, area, elements)) if area > 1 else None
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
-        # As often as it fits; what remains of the elements starts without a part in the kernel.
-        repeated = torch.eye(area).repeat(1, elements // area)
-        self.register_buffer("identity", F.pad(repeated, (0, elements % area)), persistent=False)
         nn.init.kaiming_uniform_(self.W, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(in_channels // groups * elements)
@@ -99,7 +96,11 @@ class DOConv2d(nn.Module):
         """Compose ``D o W``, ``(C_out, C_in / groups, kH, kW)``."""
         if self.D is None:
             return self.W.unflatten(2, self.kernel_size)
-        D = (self.identity + self.D).unflatten(0, (self.groups, -1))
+        area, elements = self.D.shape[1:]
+        identity = torch.eye(area, dtype=self.D.dtype, device=self.D.device).repeat(1, elements // area)
+        # As often as it fits; what remains of the elements starts without a part in the kernel.
+        identity = F.pad(identity, (0, elements % area))
+        D = (identity + self.D).unflatten(0, (self.groups, -1))
         W = self.W.unflatten(0, (self.groups, -1))
         # A kernel is composed in full precision. A layer without data ("meta") knows no autocast.
         with nullcontext() if W.is_meta else torch.autocast(W.device.type, enabled=False):

@@ -1,5 +1,7 @@
 """Dynamic Convolution: Attention over Convolution Kernels (Chen et al., CVPR 2020), arXiv 1912.03458."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from dyn_lightning.functional import (
     conv2d_arguments,
     conv2d_repr,
     dynamic_conv2d,
+    flat,
     init_kernels_,
 )
 from dyn_lightning.routing import SoftmaxAttention
@@ -111,6 +114,9 @@ class DynamicConv2d(nn.Module):
         if layer.bias is not None and conv.bias is not None:
             layer.bias.copy_(conv.bias.expand_as(layer.bias))
         return layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv2d":
+        return super()._apply(flat(fn), recurse)
 
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""

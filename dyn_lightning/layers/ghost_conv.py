@@ -10,6 +10,7 @@ from dyn_lightning.functional import (
     Pair,
     add_bias,
     as_geometry,
+    check_batched,
     check_channels,
     check_count,
     conv2d_arguments,
@@ -43,7 +44,7 @@ class GhostConv2d(nn.Module):
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``.
 
     Raises:
-        ValueError: groups that do not divide C_in, C_out and the intrinsic channels, a ratio below 2, an even
+        ValueError: groups that do not divide C_in, C_out and the intrinsic channels, a C_out or ratio below 2, an even
             cheap_kernel_size, a count below 1, an unknown padding.
 
     Example:
@@ -72,11 +73,13 @@ class GhostConv2d(nn.Module):
         check_count("cheap_kernel_size", cheap_kernel_size)
         if cheap_kernel_size % 2 == 0:
             raise ValueError(f"cheap_kernel_size={cheap_kernel_size} must be odd, or the maps would change their size")
+        if out_channels < 2:
+            raise ValueError(f"out_channels={out_channels} must be at least 2, or there are no ghosts: use nn.Conv2d")
         intrinsic = math.ceil(out_channels / ratio)
         if intrinsic % groups:
             raise ValueError(
-                f"groups={groups} must divide the intrinsic channels, out_channels={out_channels} / ratio={ratio} = "
-                f"{intrinsic}: take another ratio, or groups=1"
+                f"groups={groups} must divide the {intrinsic} intrinsic channels, out_channels={out_channels} / ratio="
+                f"{ratio} rounded up: take another ratio, or groups=1"
             )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
@@ -97,6 +100,7 @@ class GhostConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
+        check_batched(x)
         intrinsic = self.primary(x)
         y = torch.cat([intrinsic, self.cheap(intrinsic)], 1)[:, : self.out_channels]
         return in_format_of(x, add_bias(y, self.bias))

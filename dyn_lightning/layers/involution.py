@@ -16,11 +16,13 @@ from dyn_lightning.functional import (
     Pair,
     add_bias,
     as_geometry,
+    check_batched,
     check_channels,
     check_count,
     conv2d_arguments,
     conv2d_repr,
     copy_bias_,
+    explicit_padding,
     in_format_of,
     under_kernels,
     with_kernel_size,
@@ -32,7 +34,8 @@ class Involution2d(nn.Module):
 
     ``y[c, p] = sum_u kernel[c // group_channels, u, p] x[c, s p + d u]``, ``kernel = span(ReLU(BN(reduce(x))))``, where
     x is averaged over the stride first. On sizes that the stride does not divide the last average is over fewer pixels.
-    ``bias`` is added to the output. Memory is that of a few maps, not of kH kW maps.
+    ``bias`` is added to the output. Training holds the kernels and their gradients, kH kW / group_channels maps each,
+    and a few maps of x; it never unfolds x.
 
     Args:
         in_channels: as in ``nn.Conv2d``, like all arguments before the star.
@@ -85,15 +88,16 @@ class Involution2d(nn.Module):
             raise ValueError(f"groups={groups} must be 1: say how channels share kernels by group_channels")
         if in_channels % group_channels:
             raise ValueError(
-                f"group_channels={group_channels} must divide in_channels={in_channels}: take fewer, 1 is a kernel for "
-                "each channel"
+                f"group_channels={group_channels} must divide in_channels={in_channels}: take fewer (or 1)"
             )
         if in_channels < reduction:
             raise ValueError(f"reduction={reduction} must be at most in_channels={in_channels}: take a smaller one")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.padding, self.dilation = as_geometry(kernel_size, stride, padding, dilation)
         if not all(length % 2 for length in self.kernel_size):
-            raise ValueError(f"kernel_size={self.kernel_size} must be odd: a kernel belongs to the pixel in its middle")
+            raise ValueError(
+                f"kernel_size={self.kernel_size} must be odd, to have a pixel in the middle: take one more"
+            )
         self.reduction, self.group_channels = reduction, group_channels
         hidden = in_channels // reduction
         self.reduce = nn.Conv2d(in_channels, hidden, 1, bias=False)
@@ -103,11 +107,11 @@ class Involution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Involve ``(B, C, H, W)``."""
-        padding = _as_numbers(self.padding, self.kernel_size, self.dilation)
-        pixels = under_kernels(x, self.kernel_size, padding, self.dilation)
+        check_batched(x)
+        pixels = under_kernels(x, self.kernel_size, self.padding, self.dilation)
         pixels = F.avg_pool2d(pixels, self.stride, ceil_mode=True) if self.stride != (1, 1) else pixels
         kernels = self.span(torch.relu(self.norm(self.reduce(pixels))))
-        y = involve(x, kernels, self.kernel_size, self.stride, padding, self.dilation)
+        y = involve(x, kernels, self.kernel_size, self.stride, self.padding, self.dilation)
         return in_format_of(x, add_bias(y, self.bias))
 
     @classmethod
@@ -145,13 +149,14 @@ class Involution2d(nn.Module):
         return f"{conv2d_repr(self)}, reduction={self.reduction}, group_channels={self.group_channels}"
 
 
-def involve(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+def involve(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair) -> Tensor:
     """Multiply each neighbourhood of ``x`` ``(B, C, H, W)`` with its kernel, ``(B, G kH kW, H', W')``.
 
     The kernel's elements are taken one after the other, in the backward pass too: an unfolded map would be kH kW times
     as large as the map.
     """
-    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).to(kernels.dtype)
+    x, (rows, columns) = explicit_padding(x, padding, kernel_size, (1, 1), dilation)
+    x = F.pad(x, (columns, columns, rows, rows)).to(kernels.dtype)
     kernels = kernels.unflatten(1, (-1, 1, math.prod(kernel_size)))
     x = x.unflatten(1, (kernels.shape[1], -1))
     # A compiler fuses the plain form, and its backward pass, better than what is written out here.
@@ -163,28 +168,33 @@ class _Multiply(torch.autograd.Function):
     """``_multiply``, with a backward pass that adds up the gradient of x in place."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor, *geometry: Pair) -> Tensor:
-        ctx.save_for_backward(x, kernels)
-        ctx.geometry = geometry
-        return _multiply(x, kernels, *geometry)
+    def forward(*args: Any) -> Tensor:
+        return _multiply(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.geometry = inputs[2:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, kernels) = grads, ctx.saved_tensors
-        x_grad, kernel_grads = torch.zeros_like(x), []
-        neighbours = zip(*(_neighbours(one, grad.shape, *ctx.geometry) for one in (x, x_grad)), strict=True)
-        for kernel, (pixels, pixels_grad) in zip(kernels.unbind(3), neighbours, strict=True):
-            pixels_grad.addcmul_(kernel, grad)
-            kernel_grads.append((grad * pixels).sum(2, keepdim=True))
-        return x_grad, torch.stack(kernel_grads, 3), None, None, None
+        x_grad = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        kernels_grad = torch.empty_like(kernels)
+        neighbours = [_neighbours(one, grad.shape, *ctx.geometry) for one in (x, x_grad)]
+        for element, (pixels, pixels_grad) in enumerate(zip(*neighbours, strict=True)):
+            pixels_grad.addcmul_(kernels[:, :, :, element], grad)
+            kernels_grad[:, :, :, element] = (grad * pixels).sum(2, keepdim=True)
+        return x_grad.to(x.dtype), kernels_grad, None, None, None
 
 
 def _multiply(x: Tensor, kernels: Tensor, *geometry: Pair) -> Tensor:
     """Multiply ``(B, G, C / G, H, W)`` with ``(B, G, 1, kH kW, H', W')``."""
-    y = x.new_zeros(*x.shape[:3], *kernels.shape[4:])
-    for kernel, pixels in zip(kernels.unbind(3), _neighbours(x, y.shape, *geometry), strict=True):
-        y.addcmul_(kernel, pixels)
-    return y
+    wide = torch.promote_types(x.dtype, torch.float32)  # 16 bits would lose what is added last
+    y = x.new_zeros(*x.shape[:3], *kernels.shape[4:], dtype=wide)
+    for element, pixels in enumerate(_neighbours(x, y.shape, *geometry)):
+        y.addcmul_(kernels[:, :, :, element], pixels)
+    return y.to(x.dtype)
 
 
 def _neighbours(x: Tensor, shape: torch.Size, kernel_size: Pair, stride: Pair, dilation: Pair) -> Iterator[Tensor]:
@@ -192,9 +202,3 @@ def _neighbours(x: Tensor, shape: torch.Size, kernel_size: Pair, stride: Pair, d
     for i, j in product(*map(range, kernel_size)):
         rows, columns = x[..., i * dilation[0] :: stride[0], :], slice(j * dilation[1], None, stride[1])
         yield rows[..., columns][..., : shape[3], : shape[4]]
-
-
-def _as_numbers(padding: Pair | str, kernel_size: Pair, dilation: Pair) -> Pair:
-    if not isinstance(padding, str):
-        return padding
-    return (0, 0) if padding == "valid" else (dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2))

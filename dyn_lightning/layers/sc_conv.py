@@ -11,6 +11,7 @@ from dyn_lightning.functional import (
     Pair,
     add_bias,
     as_geometry,
+    check_batched,
     check_channels,
     check_count,
     conv2d_arguments,
@@ -66,7 +67,8 @@ class SelfCalibratedConv2d(nn.Module):
         super().__init__()
         check_channels(in_channels, out_channels, groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            check_count(name, channels, least=2)
+            if channels < 2:
+                raise ValueError(f"{name}={channels} must be at least 2, one for each half: leave the layer static")
             if channels // 2 % groups or (channels - channels // 2) % groups:
                 raise ValueError(
                     f"groups={groups} must divide each half of {name}={channels}, {channels // 2} and "
@@ -83,6 +85,7 @@ class SelfCalibratedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
+        check_batched(x)
         half = self.k1.in_channels
         y = torch.cat([self.k1(x[:, :half]), self.calibrated(x[:, half:])], 1)
         return in_format_of(x, add_bias(y, self.bias))
@@ -92,8 +95,8 @@ class SelfCalibratedConv2d(nn.Module):
     def from_conv(cls, conv: nn.Conv2d, *, pooling: int = 4) -> "SelfCalibratedConv2d":
         """Build the layer from a trained convolution; the output is not the same, since the halves are kept apart.
 
-        k1 and k4 start from the convolution's kernels within the first and within the second half of the channels, and
-        the bias is kept.
+        The bias is kept, and with groups=1 k1 and k4 start from the convolution's kernels within the first and within
+        the second half of the channels.
 
         Args:
             conv: the trained convolution.
@@ -104,8 +107,9 @@ class SelfCalibratedConv2d(nn.Module):
         """
         layer = cls(**conv2d_arguments(conv), pooling=pooling).to(conv.weight)
         k1, k4 = layer.k1.weight, layer.calibrated.k4.weight
-        k1.copy_(conv.weight[: k1.shape[0], : k1.shape[1]])
-        k4.copy_(conv.weight[k1.shape[0] :, -k4.shape[1] :])
+        if conv.groups == 1:
+            k1.copy_(conv.weight[: k1.shape[0], : k1.shape[1]])
+            k4.copy_(conv.weight[k1.shape[0] :, -k4.shape[1] :])
         copy_bias_(layer, conv)
         return layer
 

@@ -10,6 +10,7 @@ from dyn_lightning.functional import (
     Pair,
     add_bias,
     as_geometry,
+    check_batched,
     check_channels,
     check_count,
     conv2d_arguments,
@@ -90,9 +91,10 @@ class SplitAttentionConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
+        check_batched(x)
         splits = torch.relu(self.norm(self.conv(x))).unflatten(1, (self.radix, -1))
         attention = self.attention(splits.sum(1).mean((2, 3), keepdim=True))
-        y = (attention[..., None, None] * splits).sum(1)
+        y = (attention[..., None, None] * splits).sum(1).to(splits.dtype)  # autocast sums in float32 on some devices
         return in_format_of(x, add_bias(y, self.bias))
 
     def attention(self, pooled: Tensor) -> Tensor:
@@ -126,4 +128,4 @@ class SplitAttentionConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""
-        return f"{conv2d_repr(self)}, radix={self.radix}"
+        return f"{conv2d_repr(self)}, radix={self.radix}, hidden={self.fc1.out_channels}"

@@ -30,7 +30,7 @@ class TestCompConv2d(LayerContract):
             )
         if 4 * primary >= geometry["out_channels"]:
             return (
-                f"depth=2 makes {4 * primary} channels before the tail, which leaves nothing for it in out_channels="
+                f"depth=2 makes {4 * primary} channels without the tail, which leaves nothing for it in out_channels="
                 f"{geometry['out_channels']}: take a smaller depth, or leave the layer static"
             )
         if primary % geometry["groups"]:
@@ -58,7 +58,8 @@ class TestCompConv2d(LayerContract):
             source, last = (parts[-1] if parts else part), part
             groups = len(last) // layer.tail.weight.shape[1]
             tail = F.conv2d(source[None], layer.tail.weight, None, 1, "same", layer.dilation, groups)[0]
-            y = torch.cat([*parts, last, tail])[: layer.out_channels]
+            kept = layer.out_channels - sum(map(len, (*parts, last)))
+            y = torch.cat([*parts, tail[:kept], last])
             width = layer.out_channels // layer.shuffle
             shuffled = [y[group * width + c] for c in range(width) for group in range(layer.shuffle)]
             outputs.append(slow.add_bias(torch.stack(shuffled), layer.bias))
@@ -121,9 +122,9 @@ class TestCompConv2d(LayerContract):
         ghost = GhostConv2d(4, 8, 3, padding=1, relu=False).double().eval()
         ghost.primary[1], ghost.cheap[1] = nn.Identity(), nn.Identity()
         ghost.load_state_dict(
-            {"primary.0.weight": layer.convs[0].weight, "cheap.0.weight": layer.tail.weight, "bias": layer.bias}
+            {"primary.0.weight": layer.convs[0].weight, "cheap.0.weight": layer.tail.weight, "bias": layer.bias.roll(4)}
         )
-        assert_close(layer(x), ghost(x))
+        assert_close(layer(x).roll(4, 1), ghost(x))  # the halves stand the other way round
 
     def test_from_conv_keeps_the_first_kernels(self) -> None:
         conv = self.static(in_channels=8, out_channels=28)
@@ -139,7 +140,8 @@ class TestCompConv2d(LayerContract):
                 {"depth": 3, "out_channels": 56},
                 "depth=3 copies 12 channels for out_channels=56, but in_channels=4 has not",
             ),
-            ({"depth": 1, "out_channels": 1}, "depth=1 makes 1 channels before the tail, which leaves nothing for it"),
+            ({"depth": 1, "out_channels": 1}, "depth=1 makes 1 channels without the tail, which leaves nothing for it"),
+            ({"depth": 2000}, "depth=2000 copies"),
             ({"base_channels": 0}, "base_channels=0 must be at least 1"),
             ({"shuffle": 0}, "shuffle=0 must be at least 1"),
             ({"tail": "none"}, "tail='none' must be 'depthwise' or 'full'"),

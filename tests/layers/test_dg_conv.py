@@ -1,6 +1,6 @@
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,7 +31,17 @@ def digits(number: int, factors: list[int]) -> list[int]:
 
 class TestDGConv2d(LayerContract):
     layer = DGConv2d
+    geometry: ClassVar = {"in_channels": 12, "out_channels": 18, "kernel_size": 3}
     straight_through = ("gates",)
+    takes_one_image = True
+
+    def noisy(self, dtype: torch.dtype = torch.float64, seed: int = 0, **kw: Any) -> nn.Module:
+        """With the first gate open and the second closed, or the other way round."""
+        layer = super().noisy(dtype, seed, **kw)
+        with torch.no_grad():
+            for k, gate in enumerate(layer.gates):
+                gate.copy_(gate.abs() * (-1) ** (k + seed))
+        return layer
 
     def excluded(self, **geometry: Any) -> str:
         if geometry["groups"] != 1:
@@ -39,7 +49,7 @@ class TestDGConv2d(LayerContract):
         if math.gcd(geometry["in_channels"], geometry["out_channels"]) == 1:
             return (
                 f"in_channels={geometry['in_channels']} and out_channels={geometry['out_channels']} must have a common "
-                "factor, or there are no groups to learn: use nn.Conv2d (conv: static)"
+                "factor, or there are no groups to learn: use nn.Conv2d"
             )
         return ""
 
@@ -92,7 +102,7 @@ class TestDGConv2d(LayerContract):
         assert torch.equal(layer.membership(), torch.block_diag(strided, strided))
 
     def test_all_gates_open_is_a_convolution_and_all_closed_a_grouped_one(self) -> None:
-        x = self.images()
+        x = torch.randn(2, 4, 7, 6).double()
         layer = fill_with_noise_(DGConv2d(4, 6, 3, gate_init="dense").double().requires_grad_(False))
         layer.gates.fill_(0)  # sign(0) = +1
         assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias))
@@ -113,7 +123,7 @@ class TestDGConv2d(LayerContract):
         assert_close(gradient, torch.autograd.grad(expected, g)[0])
 
     def test_gates_get_the_straight_through_gradient(self) -> None:
-        layer, x = self.noisy(in_channels=4, out_channels=4), self.images()
+        layer, x = self.noisy(in_channels=4, out_channels=4), torch.randn(2, 4, 7, 6).double()
         before = layer.gates.clone()
         layer(x).sum().backward()
         mask = layer.membership().detach().requires_grad_()
@@ -132,8 +142,17 @@ class TestDGConv2d(LayerContract):
         layer = DGConv2d(64, 64, 1, gate_seed=1)
         membership = layer.membership()
         assert not membership.all()
+        layer(torch.randn(2, 64, 3, 3)).sum().backward()
         assert torch.equal(layer.to(dtype).membership(), membership)
         assert (layer.gates.dtype, layer.weight.dtype) == (torch.float32, dtype)
+        assert (layer.gates.grad.dtype, layer.weight.grad.dtype) == (torch.float32, dtype)
+        torch.set_default_dtype(dtype)
+        try:
+            other = DGConv2d(64, 64, 1, gate_seed=1)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert (other.gates.dtype, other.weight.dtype) == (torch.float32, dtype)
+        assert torch.equal(other.membership(), membership)
         assert layer.double().gates.dtype == torch.float64
 
     def test_gate_init(self) -> None:
@@ -153,6 +172,8 @@ class TestDGConv2d(LayerContract):
             ValueError, match=re.escape("gate_init='open' must be one of ['random', 'dense', 'depthwise']")
         ):
             starts(gate_init="open")
+        with pytest.raises(ValueError, match=re.escape("gate_seed=1.5 must be a whole number")):
+            starts(gate_seed=1.5)
 
     def test_takes_part_in_the_protocols(self) -> None:
         assert isinstance(self.make(), Grouped)

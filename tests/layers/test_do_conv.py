@@ -19,6 +19,7 @@ from tests.tolerances import assert_close
 class TestDOConv2d(LayerContract):
     layer = DOConv2d
     scale = 0.3
+    takes_one_image = True
 
     def slowly(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The definition: a depthwise convolution with D, then a convolution of its D_mul maps a channel with W."""
@@ -72,7 +73,11 @@ class TestDOConv2d(LayerContract):
 
     def test_runs_without_data(self) -> None:
         with torch.device("meta"):
-            assert DOConv2d(4, 6, 3)(torch.empty(2, 4, 7, 6)).shape == (2, 6, 5, 4)
+            layer = DOConv2d(4, 6, 3, depth_multiplier=20)
+            assert layer(torch.empty(2, 4, 7, 6)).shape == (2, 6, 5, 4)
+        other, x = DOConv2d(4, 6, 3, depth_multiplier=20), torch.randn(2, 4, 7, 6)
+        layer.to_empty(device="cpu").load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x))
 
     def test_counts_its_parameters_only(self) -> None:
         # The source keeps the identity as a frozen parameter: 7,232 for this layer.
@@ -105,6 +110,7 @@ class TestDOConv2d(LayerContract):
         ("depth_multiplier", "message"),
         [
             (0, "depth_multiplier=0 must be at least 1"),
+            ("a", "depth_multiplier='a' must be a whole number"),
             (
                 8,
                 "depth_multiplier=8 must be at least the kernel's area, 9 for kernel_size=(3, 3): leave it out to have",

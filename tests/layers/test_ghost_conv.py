@@ -23,8 +23,8 @@ NAMES = {
 
 class TestGhostConv2d(LayerContract):
     layer = GhostConv2d
-    geometry: ClassVar = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
-    options: ClassVar = {"ratio": 3}  # 3 intrinsic maps, 6 ghosts, one dropped
+    geometry: ClassVar = {"in_channels": 4, "out_channels": 10, "kernel_size": 3}
+    options: ClassVar = {"ratio": 3}  # 4 intrinsic maps, 8 ghosts, two of them dropped
     scale = 0.5
     keeps_output = False
 
@@ -32,8 +32,8 @@ class TestGhostConv2d(LayerContract):
         intrinsic = math.ceil(geometry["out_channels"] / 3)
         if intrinsic % geometry["groups"]:
             return (
-                f"groups={geometry['groups']} must divide the intrinsic channels, out_channels="
-                f"{geometry['out_channels']} / ratio=3 = {intrinsic}: take another ratio, or groups=1"
+                f"groups={geometry['groups']} must divide the {intrinsic} intrinsic channels, out_channels="
+                f"{geometry['out_channels']} / ratio=3 rounded up: take another ratio, or groups=1"
             )
         return ""
 
@@ -64,7 +64,7 @@ class TestGhostConv2d(LayerContract):
     def test_without_relu(self) -> None:
         layer, x = self.noisy(relu=False, bias=False, ratio=2), self.images()
         intrinsic = layer.primary[1](F.conv2d(x, layer.primary[0].weight))
-        ghosts = layer.cheap[1](F.conv2d(intrinsic, layer.cheap[0].weight, padding=1, groups=4))
+        ghosts = layer.cheap[1](F.conv2d(intrinsic, layer.cheap[0].weight, padding=1, groups=5))
         assert_close(layer(x), torch.cat([intrinsic, ghosts], 1))
         assert layer(x).min() < 0
         assert self.noisy(bias=False)(x).min() == 0
@@ -85,6 +85,7 @@ class TestGhostConv2d(LayerContract):
         ("options", "message"),
         [
             ({"ratio": 1}, "ratio=1 must be at least 2"),
+            ({"out_channels": 1}, "out_channels=1 must be at least 2, or there are no ghosts: use nn.Conv2d"),
             ({"ratio": 2.5}, "ratio=2.5 must be a whole number"),
             ({"cheap_kernel_size": 4}, "cheap_kernel_size=4 must be odd, or the maps would change their size"),
             ({"cheap_kernel_size": 0}, "cheap_kernel_size=0 must be at least 1"),

@@ -29,7 +29,7 @@ NAMES = {
 
 class TestSelfCalibratedConv2d(LayerContract):
     layer = SelfCalibratedConv2d
-    geometry: ClassVar = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
+    geometry: ClassVar = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
     options: ClassVar = {"pooling": 3}
     scale = 0.3
     keeps_output = False
@@ -40,7 +40,7 @@ class TestSelfCalibratedConv2d(LayerContract):
             if geometry["in_channels"] % groups or geometry["out_channels"] % groups:
                 return f"groups={groups} must divide in_channels="
             if channels == 1:
-                return f"{name}=1 must be at least 2"
+                return f"{name}=1 must be at least 2, one for each half: leave the layer static"
             if channels // 2 % groups or (channels - channels // 2) % groups:
                 return (
                     f"groups={groups} must divide each half of {name}={channels}, {channels // 2} and "
@@ -82,7 +82,7 @@ class TestSelfCalibratedConv2d(LayerContract):
         assert_close(layer(x), self.slowly(layer, x))
 
     def test_channels_of_the_halves(self) -> None:
-        layer = self.make(in_channels=5)
+        layer = self.make(in_channels=5, out_channels=6)
         assert layer.k1.weight.shape == (3, 2, 3, 3)
         assert layer.calibrated.k2[0].weight.shape == (3, 3, 3, 3)
         assert layer.calibrated.k4.weight.shape == (3, 3, 3, 3)
@@ -92,7 +92,7 @@ class TestSelfCalibratedConv2d(LayerContract):
         assert_close(self.noisy(pooling=4, padding=1)(x), self.noisy(pooling=100, padding=1)(x))
 
     def test_without_calibration_is_a_grouped_convolution(self) -> None:
-        layer, x = self.noisy(in_channels=4, bias=False), torch.randn(2, 4, 7, 6).double()
+        layer, x = self.noisy(bias=False), torch.randn(2, 4, 7, 6).double()
         branch = layer.calibrated
         with torch.no_grad():
             # k3 is the identity and the gate is open wide.
@@ -111,8 +111,8 @@ class TestSelfCalibratedConv2d(LayerContract):
     def test_from_conv_keeps_the_kernels_within_the_halves(self) -> None:
         conv = self.static()
         layer = SelfCalibratedConv2d.from_conv(conv, pooling=2)
-        assert torch.equal(layer.k1.weight, conv.weight[:3, :2])
-        assert torch.equal(layer.calibrated.k4.weight, conv.weight[3:, 2:])
+        assert torch.equal(layer.k1.weight, conv.weight[:4, :2])
+        assert torch.equal(layer.calibrated.k4.weight, conv.weight[4:, 2:])
         assert layer.calibrated.pooling == 2
 
     def test_refuses_no_pooling(self) -> None:
