@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Generator, Tensor, nn
@@ -95,162 +94,6 @@ def as_router(router: str | Router) -> Router:
     if router not in ROUTERS:
         raise ValueError(f"router={router!r} does not exist, choose one of {list(ROUTERS)}, or pass a callable")
     return ROUTERS[router]
-
-
-class SharedRouter(nn.Module):
-    """Stands in a layer for the router of an earlier layer, and gives the weights that this one gave last.
-
-    The router itself runs, is saved and is counted once, in its own layer. Hooks of ``watch`` and ``aggregation`` find
-    it through ``source``; a forward hook of your own that changes the router's output needs ``prepend=True`` to reach
-    those who share. Activation checkpointing may recompute layers that share a router; where it could take the weights
-    of another forward pass, it is refused.
-
-    Args:
-        router: of the earlier layer.
-
-    Raises:
-        RuntimeError: in ``forward``, when the other layer has not run before, or as said above.
-    """
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        self.latest = _Latest(router)
-
-    @property
-    def source(self) -> nn.Module:
-        """The router that runs."""
-        return self.latest.router
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give the routing weights of each sample."""
-        return self.latest.weights()
-
-    def constant_(self) -> Tensor:
-        """Make the weights of the shared router the same for every image, and give them, ``(K,)``."""
-        source: Any = self.source
-        return source.constant_()
-
-
-class HierarchicalRouter(nn.Module):
-    """A router that also sees the routing weights of the layer before, ``r([GAP(x), alpha])``.
-
-    Args:
-        in_channels: channels of the feature map.
-        num_experts: K.
-        previous: the router of the layer before, of as many experts.
-        make: the routing function, which gets ``in_channels + K`` numbers.
-
-    Shape:
-        ``(B, in_channels, H, W)`` to ``(B, K)``.
-
-    Raises:
-        RuntimeError: in ``forward``, when the layer before has not run, or as for ``SharedRouter``.
-    """
-
-    def __init__(self, in_channels: int, num_experts: int, previous: nn.Module, make: Router = SigmoidRouter) -> None:
-        super().__init__()
-        self.router = make(in_channels + num_experts, num_experts)
-        self.latest = _Latest(previous)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give the routing weights of each sample."""
-        features = pooled(x)
-        return self.router(torch.cat([features, self.latest.weights().to(features.dtype)], 1))
-
-    def constant_(self) -> Tensor:
-        """Make the weights the same for every image, and give them, ``(K,)``."""
-        router: Any = self.router
-        return router.constant_()
-
-
-class _Latest:
-    """The routing weights that a router gave last.
-
-    It is no module, so that the router is not part of those who ask; copies and pickles begin without weights. They are
-    kept until the next forward pass, as activation checkpointing recomputes layers in the backward pass. Then they must
-    be those of the pass that is recomputed: each pass with gradients has a token that lives as long as its graph.
-    """
-
-    router: nn.Module
-    _weights: Tensor | None
-    _pass: "_Pass | None"  # the latest; None is one without gradients
-    _passes: "WeakSet[_Pass]"  # those whose graph lives
-    _recomputed: int | None  # the number of the backward pass that recomputed the weights
-
-    def __init__(self, router: nn.Module) -> None:
-        self.__setstate__({"router": router})
-        router.register_forward_hook(self._keep)
-
-    def weights(self) -> Tensor:
-        """Give them, as they were in the forward pass that asks."""
-        if self._weights is None:
-            raise RuntimeError(
-                "the layer takes the routing weights of an earlier layer, which has not run before it: run the whole "
-                "model, or choose another share (or hierarchical=False) in convert"
-            )
-        backward = _backward_pass()
-        if backward is not None and backward != self._recomputed and not self._is_certain():
-            raise RuntimeError(
-                "activation checkpointing recomputes a layer that takes the routing weights of an earlier layer, and "
-                "they may be those of another forward pass, or lack their gradient: checkpoint these layers together, "
-                "or use use_reentrant=False and call backward before the next forward pass"
-            )
-        return self._weights
-
-    def forget(self) -> None:
-        """Begin a forward pass."""
-        self._weights = None
-
-    def _is_certain(self) -> bool:
-        """Say whether a backward pass without these weights' router can only be that of the latest forward pass."""
-        others = set(self._passes) - {self._pass}
-        if self._pass is None or self._pass not in self._passes:
-            return False
-        return not others if self._pass.is_over else all(other.is_over for other in others)
-
-    def _keep(self, router: nn.Module, args: object, weights: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and not weights.requires_grad:
-                weights = weights + _ANCHOR  # all is frozen up to here, but the graph has to hold the pass
-            self._recomputed = _backward_pass()
-            if self._recomputed is None:
-                self._pass = self._new_pass(weights) if weights.requires_grad else None
-        self._weights = weights
-        return weights
-
-    def _new_pass(self, weights: Tensor) -> "_Pass":
-        one = _Pass()
-        self._passes.add(one)
-        weights.register_hook(partial(self._release, one))
-        return one
-
-    def _release(self, one: "_Pass", gradient: Tensor) -> None:
-        one.is_over = True
-        if self._weights is not None and one is self._pass:
-            self._weights = self._weights.detach()  # lets go of the graph
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"router": self.router}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.router = state["router"]
-        self._weights = self._pass = self._recomputed = None
-        self._passes = WeakSet()
-
-
-class _Pass:
-    is_over = False  # whether its backward pass has reached the router
-
-
-_ANCHOR = torch.zeros((), requires_grad=True)
-
-
-def _backward_pass() -> int | None:
-    """Number the backward pass in which this runs, that is, recomputes; None outside of one."""
-    if torch.compiler.is_compiling():
-        return None
-    number = torch._C._current_graph_task_id()
-    return None if number == -1 else number
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -365,7 +208,7 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
             name = re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", path).lstrip(".")
             routers = layer.routers()
             for key, router in routers.items():
-                source = router.source if isinstance(router, SharedRouter) else router
+                source = getattr(router, "source", router)  # of a SharedRouter, the one that runs
                 found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = source
     return found
 

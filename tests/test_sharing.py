@@ -19,7 +19,6 @@ from dyn_lightning.cost import parameters
 from dyn_lightning.layers import CondConv2d, CondLinear
 from dyn_lightning.routing import (
     ROUTERS,
-    HierarchicalRouter,
     SigmoidRouter,
     SoftmaxAttention,
     SoftmaxRouter,
@@ -27,6 +26,7 @@ from dyn_lightning.routing import (
     named_routers,
     watch,
 )
+from dyn_lightning.sharing import HierarchicalRouter
 from tests.noise import fill_with_noise_, randomize_norms_
 from tests.tolerances import assert_close
 
