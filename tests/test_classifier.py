@@ -468,7 +468,10 @@ class TestConv:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"conv": "dynamc"}, "conv='dynamc' does not exist, did you mean 'dynamic'? (choose one of ['condconv', "),
+            (
+                {"conv": "dynamc"},
+                "conv='dynamc' does not exist, did you mean 'dynamic'? (choose one of ['compconv', 'condconv', ",
+            ),
             ({"conv": "nowhere.Layer"}, "conv='nowhere.Layer' does not exist (there is no module 'nowhere'); choose "),
             ({"conv": f"{HERE}.Layer"}, f"conv='{HERE}.Layer' does not exist (the module '{HERE}' has no 'Layer')"),
             ({"conv": "dynamic", "conv_args": {"num_experts": 3}}, "num_experts"),

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from dyn_lightning.convert import convert
 from dyn_lightning.cost import multiply_adds, parameters
@@ -68,14 +70,11 @@ class TestFold:
     @pytest.mark.parametrize("conv", CONVS)
     def test_keeps_the_outputs_of_every_layer(self, conv: str) -> None:
         options = {"condconv": {"num_experts": 3}, "dynamic": {"num_kernels": 3, "temperature": 2}}.get(conv, {})
-        model = network(torchvision.models.resnet50, conv, **options)
-        for name, parameter in model.named_parameters():
-            if "span" in name:  # or the outputs of 16 involutions, products of their inputs, overflow
-                parameter.data *= 0.1
+        model = network(partial(ResNet, Bottleneck, [1, 1, 1, 1]), conv, **options)
         folded = fold(model)
         assert_same(folded, model, images((33, 47)))
         # All norms are moved, but the ones behind what is not linear in its weights.
-        left = {"compconv": 16, "ghost": 52, "involution": 16, "scconv": 16}.get(conv, 0)
+        left = {"compconv": 4, "ghost": 16, "involution": 4, "scconv": 4}.get(conv, 0)
         assert len(norms(folded)) == left
 
     def test_bounds_of_the_issue_in_float32(self) -> None:
@@ -91,7 +90,7 @@ class TestFold:
         assert_same(folded, model, images((65, 47)))
         assert len(norms(folded)) == {"densenet121": 62}.get(name, 0)
 
-    @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "googlenet", "convnext_tiny", "vgg11_bn"])
+    @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "googlenet", "convnext_tiny"])
     def test_networks_of_torchvision(self, name: str) -> None:
         options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
         model = network(lambda num_classes: getattr(torchvision.models, name)(num_classes=num_classes, **options))
