@@ -1,9 +1,11 @@
 """What a network costs: parameters, multiply-adds, peak memory."""
 
+import math
 import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,21 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _added_products(*args: Any, out_shape: Sequence[int], **options: Any) -> int:
+    return 2 * math.prod(out_shape)  # operations: a multiplication and an addition
+
+
+# Involution adds up its products by these.
+ADDED_PRODUCTS = {torch.ops.aten.addcmul: _added_products, torch.ops.aten.addcmul_: _added_products}
+
+
 @torch.no_grad()
 def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Count the multiply-adds of one image, in eval mode.
 
-    Counted are convolutions and matrix products (one fused multiply-add counts one), not biases, norms, activations and
-    pooling. A dynamic convolution counts what its paper counts: mixing the kernels, then one convolution.
+    Counted are convolutions, matrix products and involutions (one fused multiply-add counts one), not biases, norms,
+    activations and pooling. A dynamic convolution counts what its paper counts: mixing the kernels, then one
+    convolution.
 
     Args:
         model: any module; its mode is put back afterwards.
@@ -35,7 +46,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
         >>> multiply_adds(nn.Conv2d(4, 6, 3), (4, 7, 6))
         4320
     """
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), FlopCounterMode(display=False, custom_mapping=ADDED_PRODUCTS) as counter:
         model(empty_images(model, 1, input_shape))
     return counter.get_total_flops() // 2
 

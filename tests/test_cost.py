@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dyn_lightning.cost import multiply_adds, parameters, peak_memory
-from dyn_lightning.layers import CondConv2d, DynamicConv2d
+from dyn_lightning.layers import CondConv2d, DynamicConv2d, Involution2d
 
 CONV = 6 * (5 * 4) * 4 * 9  # 4 -> 6 channels, 3 x 3 on a 7 x 6 image
 
@@ -28,6 +28,11 @@ def test_parameters_counts_shared_ones_once() -> None:
             CONV + 3 * (6 * 4 * 9 + 6) + 4 * 2 + 2 * 3,
         ),
         (CondConv2d(4, 6, 3, bias=False, num_experts=5), CONV + 5 * 6 * 4 * 9 + 4 * 5),
+        # 4 -> 2 -> 2 groups of 9 elements, and 9 products a channel, for each of 4 x 3 pixels
+        (
+            Involution2d(4, 4, 3, stride=2, padding=1, reduction=2, group_channels=2),
+            4 * 3 * (4 * 2 + 2 * 2 * 9 + 9 * 4),
+        ),
         (DynamicConv2d(4, 6, 1, bias=False, num_kernels=3, reduction=2), 6 * 42 * 4 + 3 * 6 * 4 + 4 * 2 + 2 * 3),
     ],
 )
