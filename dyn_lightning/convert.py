@@ -164,9 +164,9 @@ def convert(
             the layers that can (CondConv, Dynamic Convolution, DGConv, DO-Conv; the others say what they keep).
         share: ``"layer"`` gives each layer a router of its own, ``"block"``, ``"stage"`` and ``"model"`` one to all
             replaced layers there, which sees the input of the first of them (in the order of registration, which has to
-            be that of running). A block is the innermost module around a
-            layer that has several convolutions and is no container (``nn.Sequential``); a stage is blocks of one
-            container up to the next one with a stride. Needs a layer with the option ``router``, as CondConv has.
+            be that of running). A block is the innermost module around a layer that has several convolutions and is no
+            container (``nn.Sequential``); a stage is blocks of one container up to the next one with a stride. Needs a
+            layer with the option ``router``, as CondConv has.
         hierarchical: let each router also see the routing weights of the one before.
         classifier: replace the last ``nn.Linear`` too (by ``CondLinear``, for CondConv).
         options: the layer's own, as ``num_kernels=4``, or arguments in the place of the convolution's, as
@@ -197,53 +197,27 @@ def convert(
     _check_globs("include", include, convolutions)
     _check_globs("exclude", exclude, convolutions)
 
-    behind = norms_behind(model, with_relu=True) if rule.takes_norm else {}
     first = _first(model)
     reasons = {
         name: _reason(name, old, model, rule.leaves, name == first, include, exclude)
         for name, old in convolutions.items()
     }
+    behind = norms_behind(model, with_relu=True) if rule.takes_norm else {}
     if rule.takes_norm and include is None:
         reasons |= {name: NO_NORM for name, reason in reasons.items() if not reason and name not in behind}
     layers = [name for name, reason in reasons.items() if reason != SQUEEZE]
     sharing = Sharing(model, layers, share, hierarchical, options.get("router", "sigmoid"))
-    made: dict[int, nn.Module] = {}
-    refusal: ValueError | None = None
-    for name, old in convolutions.items():
-        if reasons[name] or id(old) in made:
-            continue
-        try:
-            new = make(old, **{**rule.options, **options, **sharing.options(name)}).train(old.training)
-        except TypeError as error:
-            raise ValueError(f"{name} = {old}: {error}") from error
-        except ValueError as error:
-            refusal = refusal or ValueError(f"{name} = {old}: {error}")
-            if include is not None and type(old) is nn.Conv2d:
-                raise refusal from error
-            reasons[name] = f"refused: {error}"
-            continue
-        made[id(old)] = new
-        sharing.made(name, new)
-    if not made:
-        raise refusal or ValueError(f"no convolution would be replaced: {reasons}")
+    made = _make_layers(make, convolutions, reasons, {**rule.options, **options}, sharing, by_rule=include is None)
     new_pass = sharing.finish()
-    linear = _make_classifier(model, layer, upcycle, options) if classifier else {}
+    linears = _make_classifier(model, layer, upcycle, options) if classifier else {}
 
-    report = ConversionReport()
-    seen: set[int] = set()
     # Only now, when every new layer could be built, is the network touched.
-    for name, old in convolutions.items():
-        new = old if reasons[name] else made[id(old)]
-        counts = (0, 0) if id(old) in seen else (_parameters(old), _parameters(new))
-        seen.add(id(old))
-        after = _shape(new)
-        if not reasons[name]:
-            model.set_submodule(name, new)
-            if name in behind:
-                model.set_submodule(behind[name], nn.Identity())
-                after += f", in the place of {behind[name].rpartition('.')[2]} too"
-        report.rows.append(Conversion(name, _shape(old), after, *counts, reasons[name]))
-    for name, (static, new) in linear.items():
+    report = _report(convolutions, made, reasons, behind)
+    for name, new in made.items():
+        model.set_submodule(name, new)
+        if name in behind:
+            model.set_submodule(behind[name], nn.Identity())
+    for name, (static, new) in linears.items():
         model.set_submodule(name, new)
         counts = (_parameters(static), _parameters(new))
         report.rows.append(Conversion(name, type(static).__name__, type(new).__name__, *counts))
@@ -285,6 +259,55 @@ def _maker(layer: Callable[..., nn.Module], rule: Rule, upcycle: bool) -> Callab
         return layer.from_conv(old, **options)
 
     return upcycled
+
+
+def _make_layers(
+    make: Callable[..., nn.Module],
+    convolutions: dict[str, nn.Conv2d],
+    reasons: dict[str, str],
+    options: dict[str, Any],
+    sharing: Sharing,
+    by_rule: bool,
+) -> dict[str, nn.Module]:
+    """Build the layers, by name, of the convolutions that have no reason to be left.
+
+    By a paper's rule, what the layer refuses gets a reason; where the user chose, that is an error.
+    """
+    made: dict[str, nn.Module] = {}
+    instead: dict[int, nn.Module] = {}
+    refusal: ValueError | None = None
+    for name, old in convolutions.items():
+        if reasons[name]:
+            continue
+        if id(old) not in instead:
+            try:
+                instead[id(old)] = make(old, **{**options, **sharing.options(name)}).train(old.training)
+            except TypeError as error:
+                raise ValueError(f"{name} = {old}: {error}") from error
+            except ValueError as error:
+                refusal = refusal or ValueError(f"{name} = {old}: {error}")
+                if not by_rule:
+                    raise refusal from error
+                reasons[name] = f"refused: {error}"
+                continue
+            sharing.made(name, instead[id(old)])
+        made[name] = instead[id(old)]
+    if not made:
+        raise refusal or ValueError(f"no convolution would be replaced: {reasons}")
+    return made
+
+
+def _report(
+    convolutions: dict[str, nn.Conv2d], made: dict[str, nn.Module], reasons: dict[str, str], behind: dict[str, str]
+) -> ConversionReport:
+    report, seen = ConversionReport(), set[int]()
+    for name, old in convolutions.items():
+        new = made.get(name, old)
+        counts = (0, 0) if id(old) in seen else (_parameters(old), _parameters(new))
+        seen.add(id(old))
+        norm = f", in the place of {behind[name].rpartition('.')[2]} too" if name in made and name in behind else ""
+        report.rows.append(Conversion(name, _shape(old), _shape(new) + norm, *counts, reasons[name]))
+    return report
 
 
 def _make_classifier(

@@ -214,7 +214,7 @@ class LayerContract:
 
     @pytest.mark.parametrize(
         ("backend", "kernel_size", "training"),
-        [("inductor", 3, False), ("aot_eager", 1, False), ("aot_eager", 3, True)],
+        [("inductor", 3, False), ("aot_eager", 1, True)],
     )
     def test_compiles_to_one_graph(self, backend: str, kernel_size: int, training: bool) -> None:
         if backend == "inductor" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
