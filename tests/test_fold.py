@@ -77,7 +77,7 @@ class TestFold:
         left = {"compconv": 4, "ghost": 16, "involution": 4, "scconv": 4}.get(conv, 0)
         assert len(norms(folded)) == left
 
-    def test_bounds_of_the_issue_in_float32(self) -> None:
+    def test_keeps_the_outputs_to_1e_5_in_float32(self) -> None:
         for conv in ("doconv", "dgconv"):
             model, x = network(torchvision.models.resnet18, conv).float(), images(dtype=torch.float32)
             with torch.no_grad():
