@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from dyn_lightning.functional import (
     Pair,
     as_geometry,
+    check_batched,
     check_channels,
     check_count,
     conv2d_arguments,
@@ -107,7 +108,7 @@ class DGConv2d(nn.Module):
     def membership(self) -> Tensor:
         """Give U ``(C_out, C_in)``: zeros and ones, with the straight-through gradient of the gates."""
         # The gates' own values cancel to exactly 0, so what is left is binary.
-        g = self._is_open().to(self.gates.dtype) + (self.gates - self.gates.detach())
+        g = (self.gates >= 0).to(self.gates.dtype) + (self.gates - self.gates.detach())
         closed = [torch.eye(factor, device=g.device, dtype=g.dtype) for factor in self.factors]
         parts = [g[k] + (1 - g[k]) * closed[k] for k in range(len(closed))]
         common = math.prod(self.factors)
@@ -117,7 +118,7 @@ class DGConv2d(nn.Module):
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """Give the grouped convolution that the layer has become, between two permutations of channels if needed."""
-        groups = math.prod(factor for factor, one in zip(self.factors, self._is_open(), strict=True) if not one)
+        groups = math.prod(factor for factor, one in zip(self.factors, self.gates >= 0, strict=True) if not one)
         inputs, outputs = self._grouped_order(self.in_channels), self._grouped_order(self.out_channels)
         sorted_already = all(torch.equal(order, order.sort().values) for order in (inputs, outputs))
         make = nn.Conv2d if sorted_already else PermutedConv2d
@@ -140,9 +141,6 @@ class DGConv2d(nn.Module):
         A dense convolution starts with all gates open. The gates of a grouped one start closed where that gives its
         groups; where no gates do, all are open, and the kernel is 0 between the groups.
 
-        Args:
-            conv: the trained convolution, grouped or not.
-
         Raises:
             ValueError: a padding mode other than zeros, channel counts without a common factor.
         """
@@ -161,12 +159,9 @@ class DGConv2d(nn.Module):
         """Describe the layer inside its name."""
         return conv2d_repr(self)
 
-    def _is_open(self) -> Tensor:
-        return self.gates.detach() >= 0
-
     def _grouped_order(self, channels: int) -> Tensor:
         """List the channels so that those of one group are neighbours: they are alike in the digits of closed gates."""
-        closed_first = self._is_open().int().argsort(stable=True).tolist()
+        closed_first = (self.gates >= 0).int().argsort(stable=True).tolist()
         digits = torch.arange(channels, device=self.weight.device).reshape(*self.factors, -1)
         return digits.permute(*closed_first, len(self.factors)).flatten()
 
@@ -191,7 +186,11 @@ class PermutedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        return in_format_of(input, super().forward(input[:, self.inputs])[:, self.outputs])
+        check_batched(input)
+        # On a CPU a few images at a time stay in the cache from one permutation to the other.
+        few = 8 if input.device.type == "cpu" and not torch.compiler.is_compiling() else max(1, len(input))
+        parts = [self._conv_forward(x[:, self.inputs], self.weight, self.bias) for x in input.split(few)]
+        return in_format_of(input, torch.cat([part[:, self.outputs] for part in parts]))
 
 
 GATE_INITS: dict[str, Callable[[int, Generator | None], Tensor]] = {

@@ -194,6 +194,20 @@ class TestDGConv2d(LayerContract):
         assert_close(folded(x), layer(x))
         assert type(DGConv2d(8, 8, 1, gate_init="depthwise").fold()) is nn.Conv2d
 
+    @pytest.mark.parametrize("batch", [0, 1, 8, 19])
+    def test_folded_takes_any_batch(self, batch: int) -> None:
+        layer = fill_with_noise_(DGConv2d(8, 16, 3, gate_init="dense").double())
+        with torch.no_grad():
+            layer.gates[1] = -1
+        folded, x = layer.fold(), torch.randn(batch, 8, 7, 6).double().requires_grad_()
+        assert type(folded).__name__ == "PermutedConv2d"
+        assert_close(folded(x), layer(x))
+        channels_last = x.detach().contiguous(memory_format=torch.channels_last)
+        assert_close(folded(channels_last), layer(channels_last))
+        assert_close(torch.autograd.grad(folded(x).sum(), x), torch.autograd.grad(layer(x).sum(), x))
+        with pytest.raises(ValueError, match=re.escape("must be (B, C_in, H, W)")):
+            folded(torch.randn(8, 9, 9).double())
+
     def test_folding_saves_what_it_says(self) -> None:
         layer = DGConv2d(64, 64, 3, padding=1, bias=False, gate_seed=0)
         ones = int(layer.membership().sum())
