@@ -4,6 +4,7 @@ Axis letters: b sample, k kernel, g group, o output channel, i input channel of 
 y x output rows and columns, p position (y and x as one axis).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pair = tuple[int, int]
+from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, METHODS, Case, choose, chunk_limit, fastest
+from dyn_lightning.per_sample.chunked import chunked
+from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels, output_length
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
 # a stride.
@@ -30,6 +33,7 @@ def dynamic_conv2d(
     groups: int = 1,
     *,
     method: str = "auto",
+    max_mixed_bytes: int = MAX_MIXED_BYTES,
 ) -> Tensor:
     """Convolve each sample with a kernel of its own, a mixture of K kernels: ``(sum_k routing_k weight_k) * x``.
 
@@ -47,7 +51,11 @@ def dynamic_conv2d(
         groups: as in ``torch.nn.functional.conv2d``.
         method: ``"grouped"`` mixes the kernels and puts the batch into the groups of one convolution, ``"matmul"``
             mixes the kernels and multiplies them with the (unfolded) input, ``"mixture"`` convolves with all K kernels
-            and mixes the outputs, ``"auto"`` chooses one by shape. All give the same value and the same gradients.
+            and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
+            pass again. ``"auto"`` chooses one by a model of their costs (``choose_method``), ``"benchmark"`` times them
+            once a shape (``"auto"`` while compiling). All give the same value and the same gradients.
+        max_mixed_bytes: that ``"auto"`` and ``"benchmark"`` may take for mixed kernels, or for the outputs of K
+            kernels; where both would need more, they take ``"chunked"``, whose chunks keep to it.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
@@ -61,99 +69,144 @@ def dynamic_conv2d(
         torch.Size([2, 6, 7, 6])
     """
     _check_shapes(input, routing, weight, bias, groups)
-    kernel_size = (weight.shape[3], weight.shape[4])
-    stride, dilation = as_steps("stride", stride), as_steps("dilation", dilation)
-    input, padding = explicit_padding(input, as_padding(padding), kernel_size, stride, dilation)
-    if method == "auto":
-        method = choose_method(input, weight, stride, padding, dilation, groups)
-    elif method not in METHODS:
-        raise ValueError(f"method={method!r} does not exist, choose one of {['auto', *METHODS]}")
-    geometry = _Geometry(stride, padding, dilation, groups)
-    return in_format_of(input, METHODS[method](input, routing.to(weight.dtype), weight, bias, geometry))
+    check_method(method, max_mixed_bytes)
+    full = input
+    input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
+    input, routing, weight = _as_autocast(input, routing.to(weight.dtype), weight)
+    training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
+    case = case_of(input, weight, geometry, training, max_mixed_bytes)
+    if len(input) == 0 or method == "auto" or (method == "benchmark" and torch.compiler.is_compiling()):
+        method = remembered(choose, case)
+    elif method == "benchmark":
+        method = fastest(input, routing, weight, case)
+    if method == "chunked":
+        output = chunked(input, routing, weight, geometry, chunk_limit(case))
+    else:
+        output = METHODS[method](input, routing, weight, geometry)
+    if bias is not None:
+        output = output + mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
+    return in_format_of(full, output)
 
 
 def choose_method(
     input: Tensor,
     weight: Tensor,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
     groups: int = 1,
+    *,
+    training: bool = True,
+    max_mixed_bytes: int = MAX_MIXED_BYTES,
 ) -> str:
-    """Name the method that ``method="auto"`` takes, from shapes alone, so that every DDP rank takes the same.
+    """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
 
     Args:
-        input: ``(B, C_in, H, W)``.
+        input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.
         weight: ``(K, C_out, C_in / groups, kH, kW)``.
-        stride: (rows, columns), like the next two.
-        padding: in numbers.
+        stride: as in ``dynamic_conv2d``, like the next three.
+        padding: zeros around the input.
         dilation: distance of the kernel's elements.
         groups: groups of the convolution.
-
-    Returns:
-        ``"mixture"`` for an empty batch (a convolution cannot have 0 groups) and where the output has so few positions
-        that K convolutions cost less than writing and reading B mixed kernels; else ``"matmul"`` for 1x1 kernels, else
-        ``"grouped"``. The limits of 4 and 196 positions are about where the times cross on a two-core CPU, K = 4,
-        batch 32. One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
+        training: whether there is a backward pass too.
+        max_mixed_bytes: as in ``dynamic_conv2d``.
     """
-    batch, kernel_size = input.shape[0], (weight.shape[3], weight.shape[4])
-    pointwise, depthwise = kernel_size == (1, 1), weight.shape[2] == 1 < groups
-    positions = math.prod(output_size((input.shape[2], input.shape[3]), kernel_size, stride, padding, dilation))
-    if batch == 0 or (batch > 1 and not depthwise and positions <= (4 if pointwise else 196)):
-        return "mixture"
-    return "matmul" if pointwise and groups == 1 else "grouped"
+    tensors = prepared(input, weight, stride, padding, dilation, groups)
+    return choose(case_of(*tensors, training, max_mixed_bytes))
 
 
-def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
-    """Mix K kernels by each sample's routing weights: ``(B, K)`` and ``(K, ...)`` give ``(B, ...)``."""
-    return (routing @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+def check_method(method: str, max_mixed_bytes: int) -> None:
+    """Check how ``dynamic_conv2d`` is to compute.
+
+    Raises:
+        ValueError: the method does not exist (the message lists those that do), or no byte is allowed.
+    """
+    check_count("max_mixed_bytes", max_mixed_bytes)
+    if method not in CHOICES:
+        raise ValueError(f"method={method!r} does not exist, choose one of {[*CHOICES]}")
 
 
-class _Geometry(NamedTuple):
-    """What ``F.conv2d`` takes after the bias, in its order."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-
-def _grouped(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-    batch = input.shape[0]
-    if batch == 0:
-        return _mixture(input, routing, weight, bias, geometry)
-    kernels = mix_kernels(routing, weight).flatten(0, 1)
-    biases = None if bias is None else mix_kernels(routing, bias).flatten()
-    geometry = geometry._replace(groups=batch * geometry.groups)
-    folded = input.reshape(1, -1, *input.shape[2:])
-    return F.conv2d(folded, kernels, biases, *geometry)[0].unflatten(0, (batch, -1))
-
-
-def _matmul(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-    batch, kernel_size = input.shape[0], (weight.shape[3], weight.shape[4])
-    if batch == 0:
-        return _mixture(input, routing, weight, bias, geometry)
-    stride, padding, dilation, groups = geometry
-    size = output_size((input.shape[2], input.shape[3]), kernel_size, stride, padding, dilation)
-    if kernel_size == (1, 1):
-        patches = F.pad(input, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else input
-        patches = patches[:, :, :: stride[0], :: stride[1]].reshape(batch, groups, -1, math.prod(size))
-    else:
-        patches = F.unfold(input, kernel_size, dilation, padding, stride).unflatten(1, (groups, -1))
-    kernels = mix_kernels(routing, weight).reshape(batch, groups, weight.shape[1] // groups, -1)
-    output = (kernels @ patches).reshape(batch, weight.shape[1], *size)
-    return output if bias is None else output + mix_kernels(routing, bias)[:, :, None, None]
+def prepared(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+) -> tuple[Tensor, Tensor, Geometry]:
+    """Bring a convolution to the least that is to be computed, with the padding in numbers."""
+    given = (_hashable(stride), _hashable(padding), _hashable(dilation))
+    reduced = remembered(_reduced, input.shape, weight.shape, *given, groups)
+    if reduced.zeros:
+        input = F.pad(input, reduced.zeros)
+    if reduced.step != (1, 1):
+        input = input[:, :, :: reduced.step[0], :: reduced.step[1]]
+    for axis, (first, last) in reduced.kept.items():
+        weight = weight.narrow(axis, first, last - first + 1)
+    return input, weight, reduced.geometry
 
 
-def _mixture(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-    # F.conv2d wants a group's output channels side by side: (k, g o) -> (g, k, o).
-    kernels = weight.unflatten(1, (geometry.groups, -1)).transpose(0, 1).flatten(0, 2)
-    outputs = F.conv2d(input, kernels, None, *geometry).unflatten(1, (geometry.groups, weight.shape[0], -1))
-    output = torch.einsum("bk,bgkoyx->bgoyx", routing.to(outputs.dtype), outputs).flatten(1, 2)
-    return output if bias is None else output + mix_kernels(routing, bias)[:, :, None, None]
+class _Reduced(NamedTuple):
+    """How a convolution is brought to the least that is to be computed."""
+
+    zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
+    step: Pair  # of the pixels that 1x1 kernels see
+    kept: dict[int, Pair]  # by axis of the weight, the first and last index that sees more than padding
+    geometry: Geometry
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {"grouped": _grouped, "matmul": _matmul, "mixture": _mixture}
+def _reduced(
+    input: torch.Size,
+    weight: torch.Size,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+) -> _Reduced:
+    steps, distances = as_steps("stride", stride), as_steps("dilation", dilation)
+    zeros, sides = _explicit_padding(input, as_padding(padding), (weight[3], weight[4]), steps, distances)
+    size, lengths, kept = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:]), {}
+    padded = list(sides)
+    for axis in (0, 1):
+        # Of 3x3 kernels on one pixel, the middle is left. One sample gains nothing by it: all K kernels are read.
+        count = output_length(size[axis], lengths[axis], steps[axis], padded[axis], distances[axis])
+        first = max(0, -(-(padded[axis] - (count - 1) * steps[axis]) // distances[axis]))
+        last = min(lengths[axis] - 1, (size[axis] - 1 + padded[axis]) // distances[axis])
+        length, left = last - first + 1, padded[axis] - first * distances[axis]
+        # Nothing is cut off where the padding would have to differ between the sides.
+        even = left >= 0 and output_length(size[axis], length, steps[axis], left, distances[axis]) == count
+        if input[0] > 1 and count > 0 and 0 < length < lengths[axis] and even:
+            kept[3 + axis], lengths[axis], padded[axis] = (first, last), length, left
+    step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
+    steps = (1, 1) if step == steps else steps
+    return _Reduced(zeros, step, kept, Geometry(steps, (padded[0], padded[1]), distances, groups))
+
+
+def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
+    """Say all that the choice of a method depends on."""
+    where = (input.element_size(), input.device.type)
+    return Case(input.shape, weight.shape, geometry, *where, training, max_mixed_bytes)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_remembered = functools.lru_cache(maxsize=4096)(lambda function, *arguments: function(*arguments))
+
+
+def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of hashable arguments, or give what it gave before; a compiler always calls it."""
+    return function(*arguments) if torch.compiler.is_compiling() else _remembered(function, *arguments)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts what a convolution takes; chunks would otherwise be cast one by one."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
 
 
 def in_format_of(input: Tensor, output: Tensor) -> Tensor:
@@ -210,19 +263,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.training and input.numel() == input.shape[1]:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(input)
-
-
-def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Give the rows and columns of a convolution's output, as ``nn.Conv2d`` has them.
-
-    Example:
-        >>> output_size((15, 7), (3, 3), (2, 2), (1, 1), (1, 1))
-        (8, 4)
-    """
-    rows, columns = (
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
-    return rows, columns
 
 
 def as_pair(name: str, value: int | Pair | list[int]) -> Pair:
@@ -424,14 +464,19 @@ def explicit_padding(
     Returns:
         The input, padded where the sides differ, and the rows and columns of zeros to be added on both sides.
     """
+    zeros, sides = _explicit_padding(input.shape, padding, kernel_size, stride, dilation)
+    return F.pad(input, zeros) if zeros else input, sides
+
+
+def _explicit_padding(
+    input: torch.Size, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
+) -> tuple[tuple[int, ...], Pair]:
     if not isinstance(padding, str):
-        return input, padding
+        return (), padding
     if padding == "valid":
-        return input, (0, 0)
+        return (), (0, 0)
     rows, columns = (
         max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
-        for size, length, step, distance in zip(input.shape[2:], kernel_size, stride, dilation, strict=True)
+        for size, length, step, distance in zip(input[2:], kernel_size, stride, dilation, strict=True)
     )
-    if rows % 2 or columns % 2:
-        input = F.pad(input, (0, columns % 2, 0, rows % 2))
-    return input, (rows // 2, columns // 2)
+    return (0, columns % 2, 0, rows % 2) if rows % 2 or columns % 2 else (), (rows // 2, columns // 2)

@@ -101,7 +101,9 @@ def pooled(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     check_batched(x)
-    return x.mean((2, 3))
+    # Its gradient stays a view of (B, C) numbers; that of x.mean is as large as the map.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
 def _perceptron(in_channels: int, num_experts: int, hidden: float) -> nn.Module:

@@ -5,54 +5,21 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dyn_lightning.functional import (
     METHODS,
     BatchNorm2d,
     as_pair,
-    choose_method,
     dynamic_conv2d,
     init_kernels_,
-    mix_kernels,
-    output_size,
 )
+from dyn_lightning.per_sample.methods import mix_kernels, output_size
 from tests.contract import GEOMETRIES
+from tests.per_sample.loop import assert_equals_the_loop, draw, loop
 from tests.tolerances import assert_close
 
-every_method = pytest.mark.parametrize("method", ["auto", *METHODS])
-
-
-def draw(
-    batch: int = 2,
-    size: tuple[int, int] = (7, 6),
-    kernel_size: tuple[int, int] = (3, 3),
-    groups: int = 1,
-    bias: bool = True,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, ...]:
-    """Draw input, routing, weight and bias: 4 -> 6 channels, 3 kernels."""
-    shapes = [(batch, 4, *size), (batch, 3), (3, 6, 4 // groups, *kernel_size), (3, 6)]
-    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes[: 4 if bias else 3])
-
-
-def loop(
-    input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **geometry: Any
-) -> Tensor:
-    """Convolve one sample at a time."""
-    outputs = []
-    for image, shares in zip(input, routing, strict=True):
-        kernel = sum(share * kernel for share, kernel in zip(shares, weight, strict=True))
-        mixed = None if bias is None else sum(share * row for share, row in zip(shares, bias, strict=True))
-        outputs.append(F.conv2d(image[None], kernel, mixed, *args, **geometry))
-    return torch.cat(outputs)
-
-
-def assert_equals_the_loop(tensors: tuple[Tensor, ...], method: str, **geometry: Any) -> None:
-    actual, expected = dynamic_conv2d(*tensors, method=method, **geometry), loop(*tensors, **geometry)
-    assert_close(actual, expected)
-    cotangent = torch.randn_like(expected)
-    assert_close(torch.autograd.grad(actual, tensors, cotangent), torch.autograd.grad(expected, tensors, cotangent))
+every_method = pytest.mark.parametrize("method", ["auto", "benchmark", *(name for name in METHODS if name != "triton")])
 
 
 class TestDynamicConv2d:
@@ -161,7 +128,7 @@ class TestErrors:
             dynamic_conv2d(*map(torch.zeros, shapes), groups=groups)
 
     def test_unknown_method_lists_those_that_exist(self) -> None:
-        message = r"method='fast' does not exist, choose one of \['auto', 'grouped', 'matmul', 'mixture'\]"
+        message = r"method='fast' does not exist, choose one of \['auto', 'benchmark', 'grouped', .*, 'triton'\]"
         with pytest.raises(ValueError, match=message):
             dynamic_conv2d(*draw(), method="fast")
 
@@ -186,29 +153,6 @@ def test_same_padding_with_a_stride_is_tensorflow_s(
     assert y.shape[2:] == tuple(
         math.ceil(length / step) for length, step in zip(size, as_pair("stride", stride), strict=True)
     )
-
-
-@pytest.mark.parametrize(
-    ("input", "weight", "geometry", "method"),
-    [
-        ((0, 4, 99, 99), (3, 6, 4, 3, 3), {}, "mixture"),
-        ((0, 4, 99, 99), (3, 6, 4, 1, 1), {}, "mixture"),
-        ((2, 4, 14, 14), (3, 6, 4, 3, 3), {"padding": (1, 1)}, "mixture"),
-        ((2, 4, 15, 14), (3, 6, 4, 3, 3), {"padding": (1, 1)}, "grouped"),
-        ((2, 4, 28, 28), (3, 6, 4, 3, 3), {"padding": (1, 1), "stride": (2, 2)}, "mixture"),
-        ((2, 4, 18, 18), (3, 6, 4, 3, 3), {"dilation": (2, 2)}, "mixture"),
-        ((2, 4, 14, 14), (3, 6, 2, 3, 3), {"padding": (1, 1), "groups": 2}, "mixture"),
-        ((2, 4, 14, 14), (3, 4, 1, 3, 3), {"padding": (1, 1), "groups": 4}, "grouped"),
-        ((2, 1, 14, 14), (3, 6, 1, 3, 3), {"padding": (1, 1)}, "mixture"),
-        ((1, 4, 14, 14), (3, 6, 4, 3, 3), {"padding": (1, 1)}, "grouped"),
-        ((1, 4, 1, 1), (3, 6, 4, 1, 1), {}, "matmul"),
-        ((2, 4, 2, 2), (3, 6, 4, 1, 1), {}, "mixture"),
-        ((2, 4, 3, 2), (3, 6, 4, 1, 1), {}, "matmul"),
-        ((2, 4, 3, 2), (3, 6, 2, 1, 1), {"groups": 2}, "grouped"),
-    ],
-)
-def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], method: str) -> None:
-    assert choose_method(torch.empty(input), torch.empty(weight), **geometry) == method
 
 
 def test_mix_kernels_of_one_open_kernel() -> None:

@@ -14,7 +14,8 @@ PACKAGE = "dyn_lightning"
 
 # A module imports from its own line and those above it. `callbacks` is the folder /callbacks.
 ORDER = [
-    {"functional", "protocols"},
+    {"per_sample", "protocols"},
+    {"functional"},
     {"routing"},
     {"layers"},
     {"sharing", "convert", "fold", "cost"},
@@ -25,7 +26,7 @@ ORDER = [
     {"cli", "fit", "ablate", "export"},
 ]
 TRAINING = ("lightning", "pytorch_lightning", "tensorboard", "torchmetrics")
-FIRST_THAT_TRAINS = 5
+FIRST_THAT_TRAINS = 6
 
 
 def sources(root: Path) -> Iterator[tuple[str, Path]]:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dyn_lightning.functional import (
+    MAX_MIXED_BYTES,
     Pair,
     as_geometry,
     check_channels,
     check_count,
+    check_method,
     conv2d_arguments,
     conv2d_repr,
     dynamic_conv2d,
@@ -39,13 +41,15 @@ class CondConv2d(nn.Module):
         num_experts: n, the kernels that are mixed (8 in most of the paper's tables).
         router: the routing function: a name in ``routing.ROUTERS`` (``sigmoid``, ``softmax``, ``hidden_small``,
             ``hidden_medium``, ``hidden_large``), or a callable from in_channels and n to a module.
+        method: of computing, for speed, as in ``dynamic_conv2d``.
+        max_mixed_bytes: that the mixed kernels may take where the method is chosen, as in ``dynamic_conv2d``.
 
     Shape:
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``. ``weight`` is
         ``(n, C_out, C_in / groups, kH, kW)``, ``bias`` is ``(n, C_out)``.
 
     Raises:
-        ValueError: groups that do not divide the channels, a count below 1, an unknown padding or router.
+        ValueError: groups that do not divide the channels, a count below 1, an unknown padding, router or method.
 
     Example:
         >>> CondConv2d(4, 6, 3, padding=1)(torch.randn(2, 4, 7, 6)).shape
@@ -65,6 +69,8 @@ class CondConv2d(nn.Module):
         *,
         num_experts: int = 8,
         router: str | Router = "sigmoid",
+        method: str = "auto",
+        max_mixed_bytes: int = MAX_MIXED_BYTES,
     ) -> None:
         super().__init__()
         check_channels(in_channels, out_channels, groups)
@@ -72,6 +78,8 @@ class CondConv2d(nn.Module):
         geometry = as_geometry(kernel_size, stride, padding, dilation, strided_same=True)
         self.kernel_size, self.stride, self.padding, self.dilation = geometry
         check_count("num_experts", num_experts)
+        check_method(method, max_mixed_bytes)
+        self.method, self.max_mixed_bytes = method, max_mixed_bytes
         self.router = as_router(router)(in_channels, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(num_experts, out_channels)) if bias else None
@@ -79,9 +87,9 @@ class CondConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        return dynamic_conv2d(
-            x, self.router(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        arguments = (x, self.router(x), self.weight, self.bias, *geometry)
+        return dynamic_conv2d(*arguments, method=self.method, max_mixed_bytes=self.max_mixed_bytes)
 
     def routers(self) -> dict[str, nn.Module]:
         """Give the router."""
@@ -89,7 +97,15 @@ class CondConv2d(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_conv(cls, conv: nn.Conv2d, *, num_experts: int = 8, router: str | Router = "sigmoid") -> "CondConv2d":
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        num_experts: int = 8,
+        router: str | Router = "sigmoid",
+        method: str = "auto",
+        max_mixed_bytes: int = MAX_MIXED_BYTES,
+    ) -> "CondConv2d":
         """Build the layer from a trained convolution, with the same output.
 
         The router's last matrix starts at 0, so the routing weights start as the same n numbers for every image; each
@@ -101,11 +117,15 @@ class CondConv2d(nn.Module):
             conv: the trained convolution.
             num_experts: n.
             router: the routing function; a callable's module must have ``constant_``, as ``SigmoidRouter``.
+            method: of computing.
+            max_mixed_bytes: that the mixed kernels may take.
 
         Raises:
             ValueError: a padding mode other than zeros, or what the constructor refuses.
         """
-        layer = cls(**conv2d_arguments(conv), num_experts=num_experts, router=router).to(conv.weight)
+        options: Any = {"num_experts": num_experts, "router": router}
+        options |= conv2d_arguments(conv)
+        layer = cls(**options, method=method, max_mixed_bytes=max_mixed_bytes).to(conv.weight)
         _copy_experts_(layer, conv)
         return layer
 
@@ -126,13 +146,15 @@ class CondLinear(nn.Module):
         bias: whether each expert has a bias.
         num_experts: n.
         router: the routing function, as in ``CondConv2d``.
+        method: of computing, as in ``CondConv2d``.
+        max_mixed_bytes: as in ``CondConv2d``.
 
     Shape:
         ``(B, in_features)`` to ``(B, out_features)``. ``weight`` is ``(n, out_features, in_features)``, ``bias`` is
         ``(n, out_features)``.
 
     Raises:
-        ValueError: a count below 1, an unknown router.
+        ValueError: a count below 1, an unknown router or method.
 
     Example:
         >>> CondLinear(4, 6)(torch.randn(2, 4)).shape
@@ -147,10 +169,14 @@ class CondLinear(nn.Module):
         *,
         num_experts: int = 8,
         router: str | Router = "sigmoid",
+        method: str = "auto",
+        max_mixed_bytes: int = MAX_MIXED_BYTES,
     ) -> None:
         super().__init__()
         for name, count in (("in_features", in_features), ("out_features", out_features), ("num_experts", num_experts)):
             check_count(name, count)
+        check_method(method, max_mixed_bytes)
+        self.method, self.max_mixed_bytes = method, max_mixed_bytes
         self.in_features, self.out_features = in_features, out_features
         self.router = as_router(router)(in_features, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
@@ -161,7 +187,8 @@ class CondLinear(nn.Module):
         """Map ``(B, in_features)``."""
         if x.dim() != 2:
             raise ValueError(f"input of shape {tuple(x.shape)} must be (B, in_features)")
-        return dynamic_conv2d(x[:, :, None, None], self.router(x), self.weight[..., None, None], self.bias).flatten(1)
+        arguments = (x[:, :, None, None], self.router(x), self.weight[..., None, None], self.bias)
+        return dynamic_conv2d(*arguments, method=self.method, max_mixed_bytes=self.max_mixed_bytes).flatten(1)
 
     def routers(self) -> dict[str, nn.Module]:
         """Give the router."""
@@ -169,16 +196,27 @@ class CondLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear, *, num_experts: int = 8, router: str | Router = "sigmoid") -> "CondLinear":
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        num_experts: int = 8,
+        router: str | Router = "sigmoid",
+        method: str = "auto",
+        max_mixed_bytes: int = MAX_MIXED_BYTES,
+    ) -> "CondLinear":
         """Build the layer from a trained classifier, with the same output, as ``CondConv2d.from_conv`` does.
 
         Args:
             linear: the trained classifier.
             num_experts: n.
             router: the routing function.
+            method: of computing.
+            max_mixed_bytes: that the mixed kernels may take.
         """
         features = (linear.in_features, linear.out_features, linear.bias is not None)
-        layer = cls(*features, num_experts=num_experts, router=router).to(linear.weight)
+        options: Any = {"num_experts": num_experts, "router": router}
+        layer = cls(*features, **options, method=method, max_mixed_bytes=max_mixed_bytes).to(linear.weight)
         _copy_experts_(layer, linear)
         return layer
 

@@ -1,14 +1,17 @@
 """Dynamic Convolution: Attention over Convolution Kernels (Chen et al., CVPR 2020), arXiv 1912.03458."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dyn_lightning.functional import (
+    MAX_MIXED_BYTES,
     Pair,
     as_geometry,
     check_channels,
+    check_method,
     conv2d_arguments,
     conv2d_repr,
     dynamic_conv2d,
@@ -36,14 +39,16 @@ class DynamicConv2d(nn.Module):
         num_kernels: K, the kernels that are mixed.
         reduction: the attention's hidden layer has ``in_channels / reduction`` units, rounded, at least 1.
         temperature: of the softmax, above 0.
+        method: of computing, for speed, as in ``dynamic_conv2d``.
+        max_mixed_bytes: that the mixed kernels may take where the method is chosen, as in ``dynamic_conv2d``.
 
     Shape:
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``. ``weight`` is
         ``(K, C_out, C_in / groups, kH, kW)``, ``bias`` is ``(K, C_out)``.
 
     Raises:
-        ValueError: groups that do not divide the channels, a count below 1, an unknown padding, a temperature that is
-            not above 0.
+        ValueError: groups that do not divide the channels, a count below 1, an unknown padding or method, a
+            temperature that is not above 0.
 
     Example:
         >>> DynamicConv2d(4, 6, 3, padding=1)(torch.randn(2, 4, 7, 6)).shape
@@ -64,12 +69,16 @@ class DynamicConv2d(nn.Module):
         num_kernels: int = 4,
         reduction: float = 4,
         temperature: float = 30.0,
+        method: str = "auto",
+        max_mixed_bytes: int = MAX_MIXED_BYTES,
     ) -> None:
         super().__init__()
         check_channels(in_channels, out_channels, groups)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         geometry = as_geometry(kernel_size, stride, padding, dilation, strided_same=True)
         self.kernel_size, self.stride, self.padding, self.dilation = geometry
+        check_method(method, max_mixed_bytes)
+        self.method, self.max_mixed_bytes = method, max_mixed_bytes
         self.router = SoftmaxAttention(in_channels, num_kernels, reduction, temperature)
         self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(num_kernels, out_channels)) if bias else None
@@ -77,9 +86,9 @@ class DynamicConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        return dynamic_conv2d(
-            x, self.router(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        arguments = (x, self.router(x), self.weight, self.bias, *geometry)
+        return dynamic_conv2d(*arguments, method=self.method, max_mixed_bytes=self.max_mixed_bytes)
 
     def routers(self) -> dict[str, nn.Module]:
         """Give the attention."""
@@ -92,7 +101,14 @@ class DynamicConv2d(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_conv(
-        cls, conv: nn.Conv2d, *, num_kernels: int = 4, reduction: float = 4, temperature: float = 30.0
+        cls,
+        conv: nn.Conv2d,
+        *,
+        num_kernels: int = 4,
+        reduction: float = 4,
+        temperature: float = 30.0,
+        method: str = "auto",
+        max_mixed_bytes: int = MAX_MIXED_BYTES,
     ) -> "DynamicConv2d":
         """Build the layer from a trained convolution, with the same output: K copies, mixed by weights that sum to one.
 
@@ -104,12 +120,15 @@ class DynamicConv2d(nn.Module):
             num_kernels: K.
             reduction: of the attention's hidden layer.
             temperature: of the softmax.
+            method: of computing.
+            max_mixed_bytes: that the mixed kernels may take.
 
         Raises:
             ValueError: a padding mode other than zeros.
         """
-        arguments = conv2d_arguments(conv)
-        layer = cls(**arguments, num_kernels=num_kernels, reduction=reduction, temperature=temperature).to(conv.weight)
+        options: Any = {"num_kernels": num_kernels, "reduction": reduction, "temperature": temperature}
+        options |= conv2d_arguments(conv)
+        layer = cls(**options, method=method, max_mixed_bytes=max_mixed_bytes).to(conv.weight)
         layer.weight.copy_(conv.weight.expand_as(layer.weight))
         if layer.bias is not None and conv.bias is not None:
             layer.bias.copy_(conv.bias.expand_as(layer.bias))

@@ -1,0 +1,200 @@
+"""Which method of the per-sample convolution is taken where: by a model of their costs, or by timing them."""
+
+import importlib.util
+import math
+import os
+import statistics
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dyn_lightning.per_sample.chunked import chunked
+from dyn_lightning.per_sample.methods import (
+    FEW_POSITIONS,
+    Geometry,
+    Method,
+    grouped,
+    matmul,
+    mixture,
+    multiplies,
+    positions,
+)
+
+
+def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Mix tiles of the kernels where they are used, in kernels of Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests, on any device
+    if not (has_triton() and (input.is_cuda or interpreted)):
+        others = [name for name in METHODS if METHODS[name] is not triton]
+        raise ValueError(
+            f"method='triton' needs a CUDA device and the package triton, not {input.device}: take {others}"
+        )
+    from dyn_lightning.per_sample.triton_kernels import convolve
+
+    return convolve(input, routing, weight, geometry)
+
+
+def has_triton() -> bool:
+    """Tell whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+METHODS: dict[str, Method] = {
+    "grouped": grouped,
+    "matmul": matmul,
+    "mixture": mixture,
+    "chunked": chunked,
+    "triton": triton,
+}
+
+CHOICES = ("auto", "benchmark", *METHODS)
+
+# Bytes that a layer may take for mixed kernels, or for the outputs of all K kernels, where its method is chosen for it.
+MAX_MIXED_BYTES = 256 << 20
+# On a CPU a chunk's kernels, input and output should stay in the cache.
+CACHED_BYTES = 8 << 20
+# The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
+# page, each time. Convolutions gain from chunks where they have one; matrix products, where the kernels are twice that.
+KEPT_BYTES = 32 << 20
+
+
+class Case(NamedTuple):
+    """All that a choice depends on."""
+
+    input: torch.Size
+    weight: torch.Size
+    geometry: Geometry
+    bytes_each: int
+    device: str
+    training: bool
+    max_mixed_bytes: int
+
+    @property
+    def product(self) -> bool:
+        """Whether a sample's convolution is one matrix product."""
+        return multiplies(self.weight, self.geometry)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each group has one input channel."""
+        return self.weight[2] == 1 < self.geometry.groups
+
+    @property
+    def positions(self) -> int:
+        """Positions of the output."""
+        return math.prod(positions(self.input, self.weight, self.geometry))
+
+    @property
+    def mixed(self) -> int:
+        """Weights of the B mixed kernels."""
+        return self.input[0] * self.weight[1:].numel()
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of a static convolution."""
+        return self.mixed * self.positions
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a static convolution gives."""
+        return self.input[0] * self.weight[1] * self.positions
+
+
+class Costs(NamedTuple):
+    """Picoseconds: ``mixed`` per weight of the B mixed kernels and ``product`` per multiply-add where kernels are mixed
+    first; per multiply-add (``mixture``), per weight and per number given where all K kernels convolve.
+    """
+
+    mixed: float
+    product: float
+    mixture: float
+    weight: float
+    output: float
+
+    def prefer_mixture(self, case: Case) -> bool:
+        """Tell whether convolving with all K kernels costs less than mixing them first."""
+        kernels, all_weights = case.weight[0], case.weight.numel()
+        first = self.mixed * case.mixed + self.product * case.products
+        last = kernels * (self.mixture * case.products + self.output * case.outputs) + self.weight * all_weights
+        return last < first
+
+
+# By (whether a sample's convolution is one matrix product, whether there is a backward pass).
+# Fitted by `python -m experiments.benchmarks.fit_costs` to a run on two x86-64 cores (experiments/LOG.md).
+CPU_COSTS = {
+    (True, True): Costs(3660, 64, 44, 2670, 4970),
+    (True, False): Costs(1500, 19, 16, 1180, 1970),
+    (False, True): Costs(5140, 47, 33, 4810, 8870),
+    (False, False): Costs(1460, 14, 8.4, 1980, 2830),
+}
+CUDA_COSTS = CPU_COSTS
+
+
+def choose(case: Case) -> str:
+    """Name the method with the least cost, from shapes, type and kind of device alone: all DDP ranks take the same."""
+    if case.input[0] == 0:
+        return "mixture"  # a convolution cannot have 0 groups
+    first = mixed_first(case)
+    # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
+    too_much = case.weight[0] * case.outputs * case.bytes_each > case.max_mixed_bytes
+    if case.input[0] == 1 or case.depthwise or too_much:
+        return first
+    costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
+    return "mixture" if costs[case.product, case.training].prefer_mixture(case) else first
+
+
+def mixed_first(case: Case) -> str:
+    """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
+    if case.input[0] == 1:
+        return "grouped"
+    kernels = case.mixed * case.bytes_each
+    largest = kernels // 2 if case.product else max(case.input.numel(), case.outputs, case.mixed) * case.bytes_each
+    if kernels > case.max_mixed_bytes or (case.device == "cpu" and largest > KEPT_BYTES):
+        return "chunked"
+    return "matmul" if case.product or (case.depthwise and case.positions <= FEW_POSITIONS) else "grouped"
+
+
+def chunk_limit(case: Case) -> int:
+    """Give the bytes that a chunk of samples may take."""
+    return min(CACHED_BYTES, case.max_mixed_bytes) if case.device == "cpu" else case.max_mixed_bytes
+
+
+# What `fastest` found, by all that a time depends on.
+MEASURED: dict[tuple[Any, ...], str] = {}
+
+
+def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
+    """Time the methods that keep within ``max_mixed_bytes``, once a case, and remember the fastest."""
+    last = input.is_contiguous(memory_format=torch.channels_last)
+    key = (case, input.device, input.dtype, last, torch.get_num_threads())
+    if key not in MEASURED:
+        tensors = [tensor.detach().requires_grad_(case.training) for tensor in (input, routing, weight)]
+        times = {name: _milliseconds(method, tensors, case) for name, method in methods_within(case).items()}
+        MEASURED[key] = min(times, key=lambda name: times[name])
+    return MEASURED[key]
+
+
+def methods_within(case: Case) -> dict[str, Method]:
+    """Give the methods whose mixed kernels, or outputs of K kernels, keep within ``max_mixed_bytes``."""
+    found: dict[str, Method] = {"chunked": partial(chunked, limit=chunk_limit(case))}
+    if case.mixed * case.bytes_each <= case.max_mixed_bytes:
+        found |= {"grouped": grouped, "matmul": matmul}
+    if case.weight[0] * case.outputs * case.bytes_each <= case.max_mixed_bytes:
+        found |= {"mixture": mixture}
+    return found | ({"triton": triton} if case.device == "cuda" and has_triton() else {})
+
+
+def _milliseconds(method: Method, tensors: list[Tensor], case: Case) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        output = method(*tensors, case.geometry)
+        if case.training:
+            torch.autograd.grad(output, tensors, torch.ones_like(output))
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])

@@ -1,0 +1,130 @@
+"""The per-sample convolution a few samples at a time: their mixed kernels stay in the cache, and none is kept.
+
+The usual form writes B mixed kernels to memory, reads them, and keeps them for the backward pass. Here a chunk of
+samples and of output channels has its kernels mixed, used and forgotten; the backward pass mixes them again, which
+costs K multiply-adds a weight and saves reading it from memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyn_lightning.per_sample.methods import (
+    Geometry,
+    convolve_each,
+    empty_output,
+    grouped,
+    multiplies,
+    multiply_each,
+    positions,
+)
+from dyn_lightning.per_sample.operation import operation
+
+# Output channels are divided until so many samples fit into the limit, since each chunk reads all K kernels of its
+# channels; convolutions of fewer channels than the least would not fill the processor.
+WANTED_SAMPLES, LEAST_CHANNELS = 8, 64
+
+
+def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int = 8 << 20) -> Tensor:
+    """Mix, use and forget the kernels of a few samples at a time.
+
+    Args:
+        input: as in ``dynamic_conv2d``, like the next two.
+        routing: one row a sample.
+        weight: K kernels.
+        geometry: of the convolution.
+        limit: bytes that a chunk's mixed kernels, input and output may take; the smallest chunk may take more.
+    """
+    return _convolve(input, routing, weight, geometry, *chunk_size(input, weight, geometry, limit))
+
+
+def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> tuple[int, int]:
+    """Give how many samples, and how many output channels, have their kernels mixed at a time."""
+    batch, out_channels = input.shape[0], weight.shape[1]
+    rows, columns = positions(input.shape, weight.shape, geometry)
+    channel = weight[0, 0].numel() * weight.element_size()
+    maps = (input.shape[1:].numel() + out_channels * rows * columns) * input.element_size()
+    channels = out_channels
+    while geometry.groups == 1 and channels > LEAST_CHANNELS and WANTED_SAMPLES * channels * channel > limit:
+        channels = -(-channels // 2)
+    return max(1, min(batch, limit // (channels * channel + maps))), channels
+
+
+def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, samples: int, channels: int) -> Tensor:
+    each = multiply_each if multiplies(weight.shape, geometry) else convolve_each
+    flat = weight.flatten(1)
+    output = empty_output(input, weight, geometry)
+    for some, these, columns in _chunks(input, weight, samples, channels):
+        kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
+        output[some, these] = each(input[some], kernels, geometry)
+    return output
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    routing: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    samples: int,
+    channels: int,
+    needed: list[bool],
+) -> list[Tensor]:
+    each = _multiply_each_backward if multiplies(weight.shape, geometry) else _convolve_each_backward
+    flat = weight.flatten(1)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits would lose what is added last
+    input_grad = torch.empty_like(input)
+    routing_grad = torch.zeros_like(routing, dtype=wide)
+    weight_grad = torch.zeros_like(flat, dtype=wide) if needed[2] else flat
+    for some, these, columns in _chunks(input, weight, samples, channels):
+        shares, part = routing[some], flat[:, columns]
+        kernels = (shares @ part).view(-1, *weight[0, these].shape)
+        mask = (needed[0], needed[1] or needed[2])
+        input_part, kernels_part = each(grad[some, these], input[some], kernels, geometry, mask)
+        if needed[0]:
+            input_grad[some] = input_part if these.start == 0 else input_grad[some].add_(input_part)
+        if needed[1]:
+            _add_product(routing_grad[some], kernels_part.flatten(1), part.mT)
+        if needed[2]:
+            _add_product(weight_grad[:, columns], shares.mT, kernels_part.flatten(1))
+    gradients = (input_grad, routing_grad.to(routing.dtype), weight_grad.to(weight.dtype).view_as(weight))
+    return [gradient for gradient, need in zip(gradients, needed, strict=True) if need]
+
+
+def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Give samples, output channels, and where the weights of these channels lie in a flattened kernel."""
+    length, out_channels = weight[0, 0].numel(), weight.shape[1]
+    for first in range(0, out_channels, channels):
+        last = min(first + channels, out_channels)
+        for sample in range(0, input.shape[0], samples):
+            yield slice(sample, sample + samples), slice(first, last), slice(first * length, last * length)
+
+
+def _convolve_each_backward(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    stride, padding, dilation, groups = geometry
+    folded = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
+    settings = (None, stride, padding, dilation, False, (0, 0), len(input) * groups, (*mask, False))
+    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(*folded, kernels.flatten(0, 1), *settings)
+    return mask[0] and input_grad.view(input.shape), mask[1] and kernels_grad.view(kernels.shape)
+
+
+def _multiply_each_backward(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    grads, pixels, matrices = grad.flatten(2), input.flatten(2), kernels.flatten(2)
+    input_grad = mask[0] and (matrices.mT @ grads).view(input.shape)
+    return input_grad, mask[1] and (grads @ pixels.mT).view(kernels.shape)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+_convolve = operation("chunked", _forward, _backward, grouped)

@@ -1,0 +1,124 @@
+"""The methods of the per-sample convolution: ways to compute ``(sum_k routing_k weight_k) * x`` that differ in speed,
+in memory and in what they can be exported to, not in value.
+
+Axis letters: b sample, k kernel, g group, o output channel, i input channel of a group, h w kernel rows and columns,
+y x output rows and columns, p position (y and x as one axis).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+# Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
+# convolution pays for laying out kernels that are used so few times.
+FEW_POSITIONS = 4
+
+
+class Geometry(NamedTuple):
+    """What ``F.conv2d`` takes after the bias, in its order."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Give the rows and columns of a convolution's output, as ``nn.Conv2d`` has them.
+
+    Example:
+        >>> output_size((15, 7), (3, 3), (2, 2), (1, 1), (1, 1))
+        (8, 4)
+    """
+    rows, columns = (output_length(size[i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    return rows, columns
+
+
+def output_length(size: int, length: int, step: int, zeros: int, distance: int) -> int:
+    """Give the output's length along one axis."""
+    return (size + 2 * zeros - distance * (length - 1) - 1) // step + 1
+
+
+def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
+    """Mix K kernels by each sample's routing weights: ``(B, K)`` and ``(K, ...)`` give ``(B, ...)``."""
+    return (routing @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
+
+def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: one convolution, the samples are its groups."""
+    batch = input.shape[0]
+    geometry = geometry._replace(groups=batch * geometry.groups)
+    output = F.conv2d(input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None, *geometry)
+    return output[0].unflatten(0, (batch, -1))
+
+
+def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: a matrix product with the unfolded sample."""
+    batch, out_channels = kernels.shape[:2]
+    patches = unfolded(input, kernels.shape[3:], geometry).unflatten(1, (geometry.groups, -1))
+    matrices = kernels.reshape(batch, geometry.groups, out_channels // geometry.groups, -1)
+    if geometry.groups == 1 and patches.stride(2) == 1 < patches.stride(3):  # channels_last comes out as it went in
+        product = (patches.mT @ matrices.mT).mT
+    else:
+        product = matrices @ patches
+    return product.flatten(1, 2).unflatten(2, positions(input.shape, kernels.shape, geometry))
+
+
+def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Mix the kernels and put the batch into the groups of one convolution: the usual form."""
+    return convolve_each(input, mix_kernels(routing, weight), geometry)
+
+
+def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Mix the kernels and multiply them with the unfolded input."""
+    return multiply_each(input, mix_kernels(routing, weight), geometry)
+
+
+def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve with all K kernels and mix the outputs."""
+    kernels, out_channels = weight.shape[:2]
+    size = positions(input.shape, weight.shape, geometry)
+    if multiplies(weight.shape, geometry) or (geometry.groups == 1 and math.prod(size) <= FEW_POSITIONS):
+        rows = unfolded(input, weight.shape[3:], geometry).mT
+        products = (rows.flatten(0, 1) @ weight.flatten(0, 1).flatten(1).mT).unflatten(1, (kernels, out_channels))
+        shares = routing.repeat_interleave(rows.shape[1], 0).to(products.dtype)
+        return (shares[:, None] @ products).view(*rows.shape[:2], out_channels).mT.unflatten(2, size)
+    # F.conv2d wants a group's output channels side by side: (k, g o) -> (g, k, o).
+    stacked = weight.unflatten(1, (geometry.groups, -1)).transpose(0, 1).flatten(0, 2)
+    outputs = F.conv2d(input, stacked, None, *geometry).unflatten(1, (geometry.groups, kernels, -1))
+    return torch.einsum("bk,bgkoyx->bgoyx", routing.to(outputs.dtype), outputs).flatten(1, 2)
+
+
+Method = Callable[..., Tensor]  # of input, routing, weight and geometry
+
+
+def multiplies(weight: torch.Size, geometry: Geometry) -> bool:
+    """Tell whether a sample's convolution is one matrix product with the sample as it lies in memory."""
+    return weight[-2:] == (1, 1) and geometry == Geometry((1, 1), (0, 0), geometry.dilation, 1)
+
+
+def positions(input: torch.Size, weight: torch.Size, geometry: Geometry) -> Pair:
+    """Give the output's rows and columns, for an input ``(..., H, W)`` and weights ``(..., kH, kW)``."""
+    stride, padding, dilation, _ = geometry
+    return output_size((input[-2], input[-1]), (weight[-2], weight[-1]), stride, padding, dilation)
+
+
+def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tensor:
+    """Lay out what each position sees as a column: ``(B, C_in kH kW, P)``."""
+    if tuple(kernel_size) != (1, 1):
+        return F.unfold(input, tuple(kernel_size), geometry.dilation, geometry.padding, geometry.stride)
+    rows, columns = geometry.padding
+    input = F.pad(input, (columns, columns, rows, rows)) if any(geometry.padding) else input
+    return input[:, :, :: geometry.stride[0], :: geometry.stride[1]].flatten(2)
+
+
+def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Give memory for the output, laid out as the input is."""
+    output = input.new_empty(input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry))
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return output.to(memory_format=torch.channels_last) if last else output

@@ -1,0 +1,73 @@
+"""Methods with a backward pass of their own, as operations that a compiler does not look into."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyn_lightning.per_sample.methods import Geometry, Method, empty_output
+
+Numbers = list[int]
+
+
+def operation(name: str, forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]], plain: Method) -> Any:
+    """Register a method that computes its gradients itself.
+
+    Args:
+        name: of the operation, in ``torch.ops.dyn_lightning``.
+        forward: ``(input, routing, weight, geometry, *settings)`` to the output; the settings are whole numbers.
+        backward: ``(grad, input, routing, weight, geometry, *settings, needed)`` to the gradients that are needed.
+        plain: a method of torch's own operations, for second derivatives.
+
+    Returns:
+        A function of ``(input, routing, weight, geometry, *settings)``.
+    """
+
+    @torch.library.custom_op(f"dyn_lightning::{name}", mutates_args=())
+    def run(input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
+        return forward(input, routing, weight, *_unpacked(numbers))
+
+    @torch.library.custom_op(f"dyn_lightning::{name}_backward", mutates_args=())
+    def run_backward(
+        grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers, needed: list[bool]
+    ) -> list[Tensor]:
+        geometry, *settings = _unpacked(numbers)
+        return backward(grad, input, routing, weight, geometry, *settings, needed)
+
+    def fake(input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
+        return empty_output(input, weight, _unpacked(numbers)[0])
+
+    def fake_backward(
+        grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers, needed: list[bool]
+    ) -> list[Tensor]:
+        return [torch.empty_like(of) for of, need in zip((input, routing, weight), needed, strict=True) if need]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.numbers = inputs[3]
+
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needed = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():  # for second derivatives
+            wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+            output = plain(*tensors, _unpacked(ctx.numbers)[0])
+            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+        else:
+            found = iter(run_backward(grad, *tensors, ctx.numbers, needed))
+        return (*(next(found) if need else None for need in needed), None)
+
+    run.register_fake(fake)
+    run_backward.register_fake(fake_backward)
+    run.register_autograd(gradients, setup_context=save)
+
+    def call(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, *settings: int) -> Tensor:
+        stride, padding, dilation, groups = geometry
+        return run(input, routing, weight, [*stride, *padding, *dilation, groups, *settings])
+
+    return call
+
+
+def _unpacked(numbers: Numbers) -> tuple[Any, ...]:
+    a, b, c, d, e, f, groups, *settings = numbers
+    return Geometry((a, b), (c, d), (e, f), groups), *settings

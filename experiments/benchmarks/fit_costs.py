@@ -1,0 +1,68 @@
+"""Fit the cost model of ``per_sample/choice.py``: ``python -m experiments.benchmarks.fit_costs FILE.json [...]``.
+
+The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
+other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``),
+fitted by least squares of the relative error, with no negative number. Prints the numbers for ``choice.py``, and how
+good choices by them would be.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from dyn_lightning.functional import case_of, prepared
+from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Case, Costs, mixed_first
+
+Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
+
+
+def rows(path: str) -> list[Result]:
+    """Read what was measured where the choice is open, and which method would be taken that mixes first."""
+    measured = json.loads(Path(path).read_text())
+    found = []
+    for result in measured["results"]["layers"]:
+        in_channels, out_channels, size, stride, padding, groups, pixels = result["shape"]
+        x = torch.empty(result["batch"], in_channels, pixels, pixels)
+        weight = torch.empty(measured["kernels"], out_channels, in_channels // groups, size, size)
+        tensors = prepared(x, weight, stride, padding, 1, groups)
+        case = case_of(*tensors, result["training"], MAX_MIXED_BYTES)
+        if result["batch"] > 1 and not case.depthwise:
+            found.append((case, mixed_first(case), result["milliseconds"]))
+    return found
+
+
+def fit(results: list[Result]) -> Costs:
+    """Fit one kind of layer and job; a picosecond is 1e-9 of the milliseconds that were measured."""
+    mixing = [((case.mixed, case.products), times[first]) for case, first, times in results]
+    last = [
+        ((case.weight[0] * case.products, case.weight.numel(), case.weight[0] * case.outputs), times["mixture"])
+        for case, _, times in results
+    ]
+    numbers: list[float] = []
+    for pairs in (mixing, last):
+        design = np.array([[number / time * 1e-9 for number in features] for features, time in pairs])
+        numbers += nnls(design, np.ones(len(design)))[0].tolist()
+    return Costs(*numbers)
+
+
+def main(paths: list[str]) -> None:
+    """Print the fitted numbers, and the choices by them that would not be best."""
+    results = [row for path in paths for row in rows(path)]
+    for kind in sorted({(case.product, case.training) for case, *_ in results}, reverse=True):
+        these = [row for row in results if (row[0].product, row[0].training) == kind]
+        costs = fit(these)
+        print(f"{kind}: Costs({', '.join(f'{number:.1f}' for number in costs)}),")
+        for case, first, times in these:
+            chosen = "mixture" if costs.prefer_mixture(case) else first
+            best = min(times[name] for name in times if name not in ("static", "timm"))
+            if times[chosen] > 1.1 * best:
+                rounded = {name: round(time, 2) for name, time in times.items()}
+                print(f"    {times[chosen] / best:.2f} {chosen:8} {(*case.input,)} {(*case.weight,)}", rounded)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

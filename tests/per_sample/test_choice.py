@@ -1,0 +1,158 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from dyn_lightning.functional import choose_method, dynamic_conv2d, prepared
+from dyn_lightning.per_sample import choice
+from dyn_lightning.per_sample.methods import Method
+from tests.per_sample.loop import assert_equals_the_loop, draw
+from tests.tolerances import assert_close
+
+PADDED: dict[str, Any] = {"padding": 1}
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "geometry", "method"),
+    [
+        ((0, 4, 99, 99), (3, 6, 4, 3, 3), {}, "mixture"),
+        ((0, 4, 99, 99), (3, 6, 4, 1, 1), {}, "mixture"),
+        ((1, 960, 1, 1), (4, 160, 960, 1, 1), {}, "grouped"),
+        ((1, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "grouped"),
+        # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
+        ((32, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
+        ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
+        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "chunked"),
+        ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
+        ((32, 960, 1, 1), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "matmul"),
+        # ResNet: few and many weights beside the pixels
+        ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped"),
+        ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "chunked"),
+        ((32, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "mixture"),
+        ((32, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "mixture"),
+        ((32, 512, 7, 7), (4, 2048, 512, 1, 1), {}, "chunked"),
+        ((32, 1024, 15, 15), (4, 64, 1024, 1, 1), {"stride": (8, 15)}, "mixture"),
+    ],
+)
+def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], method: str) -> None:
+    assert choose_method(torch.empty(input), torch.empty(weight), **geometry) == method
+
+
+def test_evaluation_may_choose_otherwise() -> None:
+    tensors = torch.empty(32, 512, 7, 7), torch.empty(4, 512, 512, 3, 3)
+    assert [choose_method(*tensors, padding=1, training=training) for training in (True, False)] == [
+        "chunked",
+        "mixture",
+    ]
+
+
+@pytest.mark.parametrize("max_mixed_bytes", [1, 4000, 10**6, 10**9])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("training", [True, False])
+def test_stays_within_the_bytes(training: bool, device: str, max_mixed_bytes: int) -> None:
+    for batch, channels, size, length in itertools.product((2, 32), (4, 64), (1, 7, 28), (1, 3)):
+        x = torch.empty(batch, channels, size, size, device=device)
+        weight = torch.empty(4, channels, channels, length, length, device=device)
+        method = choose_method(x, weight, 1, "same", training=training, max_mixed_bytes=max_mixed_bytes)
+        mixed, outputs = batch * channels**2 * length**2 * 4, 4 * batch * channels * size**2 * 4
+        if length == 3 and size == 1:
+            mixed //= 9  # of which only the middle is seen
+        taken = {"grouped": mixed, "matmul": mixed, "mixture": outputs, "chunked": 0}[method]
+        assert taken <= max_mixed_bytes
+
+
+def peak(function: Any) -> int:
+    with MemTracker() as tracker:
+        function()
+    return max(sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+
+
+def test_less_memory_where_less_is_allowed() -> None:
+    # 64 samples' kernels of 64 -> 64 channels take 9.4 MB, and as much for their gradients.
+    x, routing = torch.randn(64, 64, 4, 4, requires_grad=True), torch.rand(64, 4, requires_grad=True)
+    weight = torch.randn(4, 64, 64, 3, 3, requires_grad=True)
+
+    def step(**options: Any) -> None:
+        torch.autograd.grad(dynamic_conv2d(x, routing, weight, padding=1, **options).sum(), (x, routing, weight))
+
+    kernels = 64 * weight[0].numel() * 4
+    assert peak(lambda: step(method="grouped")) > 2 * kernels
+    assert peak(lambda: step(max_mixed_bytes=10**6)) < kernels / 2
+
+
+@pytest.mark.parametrize("method", ["auto", "grouped", "matmul", "mixture", "chunked"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("kernel_size", [(3, 3), (5, 2), (1, 4)])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 2, 1), (2, 2, 1), ((3, 2), (4, 3), 2), (1, "same", 2)])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_rows_and_columns_that_see_only_padding(
+    stride: Any, padding: Any, dilation: Any, kernel_size: Any, size: Any, method: str
+) -> None:
+    tensors = draw(2, size, kernel_size)
+    assert_equals_the_loop(tensors, method, stride=stride, padding=padding, dilation=dilation)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "kept", "left"),
+    [
+        ((1, 1), 1, 1, (1, 1), (0, 0)),
+        ((2, 2), 2, 1, (2, 2), (0, 0)),
+        ((2, 2), 1, 1, (3, 3), (1, 1)),
+        ((1, 5), 1, 1, (1, 3), (0, 1)),
+    ],
+)
+def test_they_are_cut_off(size: Any, stride: int, padding: int, kept: Any, left: Any) -> None:
+    input, _, weight, _ = draw(2, size)
+    _, cut, geometry = prepared(input, weight, stride, padding, 1, 1)
+    assert cut.shape[3:] == kept
+    assert geometry.padding == left
+
+
+class TestBenchmark:
+    @pytest.fixture(autouse=True)
+    def _forget(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(choice, "MEASURED", {})
+
+    def test_the_fastest_is_taken_and_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timed = []
+
+        def measure(method: Method, tensors: list[Tensor], case: choice.Case) -> float:
+            timed.append(method)
+            return 1.0 if method is choice.mixture else 2.0
+
+        monkeypatch.setattr(choice, "_milliseconds", measure)
+        tensors = draw()
+        for _ in range(2):
+            assert_equals_the_loop(tensors, "benchmark", padding=1)
+        assert len(timed) == 4
+        assert list(choice.MEASURED.values()) == ["mixture"]
+        with torch.no_grad():
+            dynamic_conv2d(*tensors, padding=1, method="benchmark")
+        assert [case.training for case, *_ in choice.MEASURED] == [True, False]
+
+    def test_leaves_no_gradient(self) -> None:
+        tensors = draw()
+        dynamic_conv2d(*tensors, method="benchmark")
+        assert len(choice.MEASURED) == 1
+        assert all(tensor.grad is None for tensor in tensors)
+
+    def test_keeps_within_the_bytes(self) -> None:
+        dynamic_conv2d(*draw(), method="benchmark", max_mixed_bytes=1)
+        assert list(choice.MEASURED.values()) == ["chunked"]
+
+    def test_inference_mode(self) -> None:
+        tensors = draw()
+        with torch.inference_mode():
+            y = dynamic_conv2d(*tensors, method="benchmark")
+        assert_close(y, dynamic_conv2d(*tensors, method="grouped").detach())
+
+
+def test_a_strided_1x1_convolution_sees_every_other_pixel() -> None:
+    input, _, weight, _ = draw(kernel_size=(1, 1))
+    pixels, _, geometry = prepared(input, weight, (2, 3), 0, 1, 1)
+    assert geometry.stride == (1, 1)
+    assert torch.equal(pixels, F.avg_pool2d(input, 1, (2, 3)))

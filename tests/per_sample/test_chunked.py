@@ -1,0 +1,95 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyn_lightning.functional import dynamic_conv2d
+from dyn_lightning.per_sample import chunked as module
+from dyn_lightning.per_sample.chunked import chunk_size, chunked
+from dyn_lightning.per_sample.methods import Geometry
+from tests.contract import GEOMETRIES
+from tests.per_sample.loop import assert_equals_the_loop, draw
+from tests.tolerances import assert_close
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let channels be divided that are as few as the tests'."""
+    monkeypatch.setattr(module, "LEAST_CHANNELS", 2)
+    monkeypatch.setattr(module, "WANTED_SAMPLES", 2)
+
+
+def geometry_of(groups: int = 1) -> Geometry:
+    return Geometry((1, 1), (1, 1), (1, 1), groups)
+
+
+class TestChunked:
+    @pytest.mark.parametrize("limit", [1, 6000, 1 << 20])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1), (1, 3)])
+    @pytest.mark.parametrize(("stride", "padding", "dilation"), GEOMETRIES)
+    def test_equals_a_loop_over_samples(
+        self, stride: Any, padding: Any, dilation: Any, kernel_size: Any, groups: int, limit: int
+    ) -> None:
+        tensors = draw(5, kernel_size=kernel_size, groups=groups)
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        assert_equals_the_loop(tensors, "chunked", max_mixed_bytes=limit, **geometry)
+
+    def test_samples_and_channels_are_divided(self) -> None:
+        input, _, weight, _ = draw(5)
+        sizes = {limit: chunk_size(input, weight, geometry_of(), limit) for limit in (1, 6000, 1 << 20)}
+        assert sizes == {1: (1, 2), 6000: (1, 6), 1 << 20: (5, 6)}
+        assert chunk_size(*draw(5, groups=2)[::2], geometry_of(2), 1) == (1, 6)
+
+    @pytest.mark.parametrize("limit", [1, 1 << 20])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_first_and_second_derivatives(self, kernel_size: Any, limit: int) -> None:
+        tensors = draw(2, (4, 3), kernel_size, bias=False)
+        geometry = geometry_of() if kernel_size == (3, 3) else Geometry((1, 1), (0, 0), (1, 1), 1)
+
+        def function(*tensors: Tensor) -> Tensor:
+            return chunked(*tensors, geometry, limit)
+
+        assert torch.autograd.gradcheck(function, tensors)
+        assert torch.autograd.gradgradcheck(function, tensors)
+
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    @pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
+    def test_frozen_parts_get_no_gradient(self, needed: tuple[bool, ...], kernel_size: Any) -> None:
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(draw(3, bias=False), needed, strict=False)]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        gradients = [
+            torch.autograd.grad(dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1).square().sum(), wanted)
+            for method in ("chunked", "grouped")
+        ]
+        assert_close(*gradients)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_is_a_well_formed_operation(self, kernel_size: Any) -> None:
+        geometry = [1, 1, 0, 0, 1, 1, 1]
+        tensors = draw(3, kernel_size=kernel_size, bias=False)
+        torch.library.opcheck(torch.ops.dyn_lightning.chunked.default, (*tensors, [*geometry, 2, 4]))
+
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_channels_last_needs_no_other_layout(self, kernel_size: Any) -> None:
+        input, routing, weight, _ = draw(3, kernel_size=kernel_size)
+        geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
+        last = input.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = chunked(last, routing, weight, geometry, 1)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        expected = chunked(input, routing, weight, geometry, 1)
+        assert_close(y, expected)
+        cotangent = torch.randn_like(y)
+        actual = torch.autograd.grad(y, (last, routing, weight), cotangent)
+        assert_close(actual, torch.autograd.grad(expected, (input, routing, weight), cotangent))
+
+    def test_sixteen_bits_are_added_up_in_float32(self) -> None:
+        # 512 samples of one pixel each add 1 to the kernel's gradient; in bfloat16 the sum would stay at 256.
+        input = torch.ones(512, 1, 1, 1, dtype=torch.bfloat16)
+        routing, weight = torch.ones(512, 1).bfloat16(), torch.ones(1, 2, 1, 1, 1).bfloat16().requires_grad_()
+        y = chunked(input, routing, weight, Geometry((1, 1), (0, 0), (1, 1), 1), 1)
+        (gradient,) = torch.autograd.grad(y.sum(), weight)
+        assert gradient.flatten().tolist() == [512, 512]
