@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from dyn_lightning import functional
 
 
 def parameters(model: nn.Module) -> int:
@@ -49,6 +52,47 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
     with evaluating(model), FlopCounterMode(display=False, custom_mapping=ADDED_PRODUCTS) as counter:
         model(empty_images(model, 1, input_shape))
     return counter.get_total_flops() // 2
+
+
+def methods(
+    model: nn.Module, input_shape: Sequence[int], batch_size: int = 32, training: bool = True
+) -> dict[str, str]:
+    """Name the method by which each layer computes its per-sample convolution (``dynamic_conv2d``), without computing.
+
+    Args:
+        model: any module; its mode is put back afterwards.
+        input_shape: one image's ``(C, H, W)``.
+        batch_size: images at once.
+        training: whether there is a backward pass too.
+
+    Returns:
+        The method by the layer's name; where a layer has several, in the order in which they run.
+
+    Example:
+        >>> from dyn_lightning.layers import CondConv2d
+        >>> methods(nn.Sequential(CondConv2d(16, 96, 1), CondConv2d(96, 96, 3, padding=1, groups=96)), (16, 32, 32))
+        {'0': 'matmul', '1': 'grouped'}
+    """
+    running: list[str] = []
+    found: dict[str, list[str]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name), prepend=True))
+        hooks.append(module.register_forward_hook(lambda *_: _drop(running), always_call=True))
+    functional.NOTES.append(lambda method: found.setdefault(running[-1], []).append(method))
+    try:
+        images = empty_images(model, batch_size, input_shape)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, evaluating(model), torch.set_grad_enabled(training):
+            model(fake.from_tensor(images))
+    finally:
+        functional.NOTES.pop()
+        for hook in hooks:
+            hook.remove()
+    return {name: ", ".join(names) for name, names in found.items()}
+
+
+def _drop(running: list[str]) -> None:
+    running.pop()
 
 
 @contextmanager

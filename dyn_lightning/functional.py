@@ -21,6 +21,9 @@ from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels, output
 # a stride.
 SAME_PADDED = "Conv2dSame"
 
+# Called with the name of each method that is taken (cost.methods).
+NOTES: list[Callable[[str], None]] = []
+
 
 def dynamic_conv2d(
     input: Tensor,
@@ -79,6 +82,8 @@ def dynamic_conv2d(
         method = remembered(choose, case)
     elif method == "benchmark":
         method = fastest(input, routing, weight, case)
+    for note in NOTES:
+        note(method)
     if method == "chunked":
         output = chunked(input, routing, weight, geometry, chunk_limit(case))
     else:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dyn_lightning.per_sample.chunked import chunked
 from dyn_lightning.per_sample.methods import (
@@ -168,6 +169,8 @@ MEASURED: dict[tuple[Any, ...], str] = {}
 
 def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
     """Time the methods that keep within ``max_mixed_bytes``, once a case, and remember the fastest."""
+    if isinstance(input, FakeTensor):
+        return choose(case)  # there is nothing to time
     last = input.is_contiguous(memory_format=torch.channels_last)
     key = (case, input.device, input.dtype, last, torch.get_num_threads())
     if key not in MEASURED:

@@ -1,12 +1,14 @@
 """Methods with a backward pass of their own, as operations that a compiler does not look into."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from dyn_lightning.per_sample.methods import Geometry, Method, empty_output
+from dyn_lightning.per_sample.methods import Geometry, Method, empty_output, positions
 
 Numbers = list[int]
 
@@ -57,6 +59,16 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
             found = iter(run_backward(grad, *tensors, ctx.numbers, needed))
         return (*(next(found) if need else None for need in needed), None)
 
+    def flops(input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
+        mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
+        return 2 * (mixing + products)
+
+    def backward_flops(grad: Any, input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
+        mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
+        return 2 * (3 * mixing + 2 * products)  # mixed again; the routing weights' and the kernels' gradients
+
+    register_flop_formula(getattr(torch.ops.dyn_lightning, name))(flops)
+    register_flop_formula(getattr(torch.ops.dyn_lightning, f"{name}_backward"))(backward_flops)
     run.register_fake(fake)
     run_backward.register_fake(fake_backward)
     run.register_autograd(gradients, setup_context=save)
@@ -66,6 +78,12 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
         return run(input, routing, weight, [*stride, *padding, *dilation, groups, *settings])
 
     return call
+
+
+def _multiply_adds(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:
+    rows, columns = positions(input, weight, geometry)
+    mixed = input[0] * math.prod(weight[1:])
+    return mixed * weight[0], mixed * rows * columns
 
 
 def _unpacked(numbers: Numbers) -> tuple[Any, ...]:

@@ -196,8 +196,9 @@ def networks(place: Any) -> list[dict[str, Any]]:
         batch = place.batch if batch > 1 else 1
         print(f"\n{job}, batch {batch}: milliseconds and MiB of the static network, then relative to it")
         print(f"{'network':26}{'':>8}{'static':>9}" + _head(names[1:]))
-        for size in SIZES:
-            for network, build in NETWORKS.items():
+        for size in place.sizes:
+            for network in place.networks:
+                build = NETWORKS[network]
                 steps = {
                     name: make_step(converted(build, name, place.kernels), batch, training, size, place)
                     for name in names
@@ -242,6 +243,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is by autocast")
     parser.add_argument("--kernels", type=int, default=KERNELS, help="K")
     parser.add_argument("--batch", type=int, default=BATCH, help="of the networks")
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of networks", metavar="NAME"
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of the networks' images, in pixels")
     parser.add_argument("--channels_last", action="store_true", help="of the networks")
     parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")
     place = parser.parse_args(arguments)

@@ -20,20 +20,20 @@ def interleaved(
 ) -> dict[str, float]:
     """Call the functions in turn, and give the median milliseconds of each after a round to warm up.
 
-    What took ``patience`` times as long as the fastest in the second round is not called again.
+    What took ``patience`` times as long as the fastest in that round is not called again: its one time is given.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
-        fastest = min((taken[1] for taken in times.values() if len(taken) > 1), default=float("inf"))
+        fastest = min((taken[0] for taken in times.values() if turn), default=float("inf"))
         for name, function in functions.items():
-            if turn > 1 and times[name][1] > patience * fastest:
+            if turn and times[name][0] > patience * fastest:
                 continue
             _finish(device)
             start = time.perf_counter()
             function()
             _finish(device)
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    return {name: statistics.median(taken[1:] or taken) for name, taken in times.items()}
 
 
 def _finish(device: torch.device) -> None:
