@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, METHODS, Case, choose, chunk_limit, fastest
 from dyn_lightning.per_sample.chunked import chunked
-from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels, output_length
+from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, mix_kernels, output_length
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
 # a stride.
@@ -189,7 +189,7 @@ def _reduced(
 
 def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
     """Say all that the choice of a method depends on."""
-    where = (input.element_size(), input.device.type)
+    where = (input.element_size(), input.device.type, is_channels_last(input))
     return Case(input.shape, weight.shape, geometry, *where, training, max_mixed_bytes)
 
 

@@ -2,10 +2,16 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from dyn_lightning.cost import multiply_adds, parameters, peak_memory
+from dyn_lightning import functional
+from dyn_lightning.convert import convert
+from dyn_lightning.cost import methods, multiply_adds, parameters, peak_memory
+from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d, Involution2d
+from dyn_lightning.per_sample import choice
 
 CONV = 6 * (5 * 4) * 4 * 9  # 4 -> 6 channels, 3 x 3 on a 7 x 6 image
 
@@ -64,3 +70,44 @@ def test_peak_memory_is_in_bytes() -> None:
     peak = peak_memory()
     assert block.nbytes < peak["host"] < 2**43
     assert ("device" in peak) == torch.cuda.is_available()
+
+
+class TestMethods:
+    def test_names_the_methods_of_a_network(self) -> None:
+        model = torchvision.models.mobilenet_v2()
+        convert(model, "dynamic")
+        found = methods(model, (3, 224, 224))
+        assert len(found) == 51
+        assert found["features.1.conv.0.0"] == "chunked"  # depthwise, 112 x 112
+        assert found["features.2.conv.0.0"] == "matmul"
+        assert set(methods(model, (3, 224, 224), batch_size=1, training=False).values()) == {"grouped"}
+        assert model.training
+        assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+    def test_a_layer_s_own_wish_and_one_that_runs_twice(self) -> None:
+        layer = CondConv2d(4, 4, 1, method="mixture")
+        assert methods(nn.Sequential(layer, nn.ReLU(), layer), (4, 7, 6)) == {"0": "mixture, mixture"}
+
+    def test_times_nothing(self) -> None:
+        before = dict(choice.MEASURED)
+        assert methods(CondConv2d(24, 144, 1, method="benchmark"), (24, 56, 56)) == {"": "matmul"}
+        assert before == choice.MEASURED
+
+    def test_leaves_no_hook_when_the_model_fails(self) -> None:
+        layer = CondConv2d(4, 6, 3)
+        with pytest.raises(RuntimeError):
+            methods(layer, (4, 2, 2))
+        assert not layer._forward_hooks
+        assert not functional.NOTES
+
+
+def test_operations_of_chunks_are_counted() -> None:
+    x, routing = torch.randn(3, 4, 7, 6, requires_grad=True), torch.rand(3, 2)
+    weight = torch.randn(2, 6, 4, 3, 3, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = dynamic_conv2d(x, routing, weight, method="chunked")
+    mixing, products = 3 * 2 * 6 * 4 * 9, 3 * (6 * 5 * 4) * 4 * 9
+    assert counter.get_total_flops() == 2 * (mixing + products)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * (3 * mixing + 2 * products)

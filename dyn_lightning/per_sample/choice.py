@@ -18,6 +18,7 @@ from dyn_lightning.per_sample.methods import (
     Geometry,
     Method,
     grouped,
+    is_depthwise,
     matmul,
     mixture,
     multiplies,
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     geometry: Geometry
     bytes_each: int
     device: str
+    channels_last: bool
     training: bool
     max_mixed_bytes: int
 
@@ -81,7 +83,7 @@ class Case(NamedTuple):
     @property
     def depthwise(self) -> bool:
         """Whether each group has one input channel."""
-        return self.weight[2] == 1 < self.geometry.groups
+        return is_depthwise(self.weight, self.geometry)
 
     @property
     def positions(self) -> int:
@@ -153,7 +155,8 @@ def mixed_first(case: Case) -> str:
         return "grouped"
     kernels = case.mixed * case.bytes_each
     largest = kernels // 2 if case.product else max(case.input.numel(), case.outputs, case.mixed) * case.bytes_each
-    if kernels > case.max_mixed_bytes or (case.device == "cpu" and largest > KEPT_BYTES):
+    in_chunks = largest > KEPT_BYTES or (case.depthwise and case.channels_last)
+    if kernels > case.max_mixed_bytes or (case.device == "cpu" and in_chunks):
         return "chunked"
     return "matmul" if case.product or (case.depthwise and case.positions <= FEW_POSITIONS) else "grouped"
 
@@ -171,8 +174,7 @@ def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
     """Time the methods that keep within ``max_mixed_bytes``, once a case, and remember the fastest."""
     if isinstance(input, FakeTensor):
         return choose(case)  # there is nothing to time
-    last = input.is_contiguous(memory_format=torch.channels_last)
-    key = (case, input.device, input.dtype, last, torch.get_num_threads())
+    key = (case, input.device, input.dtype, torch.get_num_threads())
     if key not in MEASURED:
         tensors = [tensor.detach().requires_grad_(case.training) for tensor in (input, routing, weight)]
         times = {name: _milliseconds(method, tensors, case) for name, method in methods_within(case).items()}

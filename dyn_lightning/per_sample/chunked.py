@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.methods import (
@@ -16,6 +17,8 @@ from dyn_lightning.per_sample.methods import (
     convolve_each,
     empty_output,
     grouped,
+    is_channels_last,
+    is_depthwise,
     multiplies,
     multiply_each,
     positions,
@@ -54,6 +57,8 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, samples: int, channels: int) -> Tensor:
     each = multiply_each if multiplies(weight.shape, geometry) else convolve_each
+    if one_by_one(input, weight, geometry):
+        each = _convolve_one_by_one
     flat = weight.flatten(1)
     output = empty_output(input, weight, geometry)
     for some, these, columns in _chunks(input, weight, samples, channels):
@@ -73,6 +78,8 @@ def _backward(
     needed: list[bool],
 ) -> list[Tensor]:
     each = _multiply_each_backward if multiplies(weight.shape, geometry) else _convolve_each_backward
+    if one_by_one(input, weight, geometry):
+        each = _convolve_one_by_one_backward
     flat = weight.flatten(1)
     wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits would lose what is added last
     input_grad = torch.empty_like(input)
@@ -102,11 +109,34 @@ def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Itera
             yield slice(sample, sample + samples), slice(first, last), slice(first * length, last * length)
 
 
+def one_by_one(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Tell whether samples are convolved one by one: a depthwise convolution is fast in channels_last, which the
+    samples as groups cannot keep, since their channels would have to lie one after the other.
+    """
+    return is_depthwise(weight.shape, geometry) and is_channels_last(input)
+
+
+def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    pairs = zip(input.split(1), kernels, strict=True)
+    return torch.cat([F.conv2d(image, kernel, None, *geometry) for image, kernel in pairs])
+
+
+def _convolve_one_by_one_backward(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    grads = [
+        _convolve_each_backward(*parts, geometry, mask)
+        for parts in zip(grad.split(1), input.split(1), kernels.split(1), strict=True)
+    ]
+    input_grads, kernels_grads = zip(*grads, strict=True)
+    return mask[0] and torch.cat(input_grads), mask[1] and torch.cat(kernels_grads)
+
+
 def _convolve_each_backward(
     grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
 ) -> tuple[Any, Any]:
     stride, padding, dilation, groups = geometry
-    folded = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
+    folded = (grad, input) if len(input) == 1 else (t.reshape(1, -1, *t.shape[2:]) for t in (grad, input))
     settings = (None, stride, padding, dilation, False, (0, 0), len(input) * groups, (*mask, False))
     input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(*folded, kernels.flatten(0, 1), *settings)
     return mask[0] and input_grad.view(input.shape), mask[1] and kernels_grad.view(kernels.shape)

@@ -102,6 +102,11 @@ def multiplies(weight: torch.Size, geometry: Geometry) -> bool:
     return weight[-2:] == (1, 1) and geometry == Geometry((1, 1), (0, 0), geometry.dilation, 1)
 
 
+def is_depthwise(weight: torch.Size, geometry: Geometry) -> bool:
+    """Tell whether each group has one input channel."""
+    return weight[2] == 1 < geometry.groups
+
+
 def positions(input: torch.Size, weight: torch.Size, geometry: Geometry) -> Pair:
     """Give the output's rows and columns, for an input ``(..., H, W)`` and weights ``(..., kH, kW)``."""
     stride, padding, dilation, _ = geometry
@@ -120,5 +125,9 @@ def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tens
 def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Give memory for the output, laid out as the input is."""
     output = input.new_empty(input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry))
-    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    return output.to(memory_format=torch.channels_last) if last else output
+    return output.to(memory_format=torch.channels_last) if is_channels_last(input) else output
+
+
+def is_channels_last(input: Tensor) -> bool:
+    """Tell whether a map lies in memory pixel by pixel, and not channel by channel too."""
+    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()

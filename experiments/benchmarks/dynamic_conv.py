@@ -11,23 +11,28 @@ cores. Prints tables, draws a plot for each part into ``--out``, and ends with o
 """
 
 import argparse
+import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import timm.layers
 import torch
 import torch.nn.functional as F
 import torchvision
+from scipy.optimize import nnls
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.convert import convert
+from dyn_lightning.cost import parameters
 from dyn_lightning.functional import choose_method, dynamic_conv2d
-from dyn_lightning.layers import CondConv2d
+from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.routing import SoftmaxAttention
 from experiments.benchmarks.timing import interleaved, peak_bytes, versions
 
@@ -44,7 +49,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 JOBS = {"training step": (BATCH, True), "forward": (BATCH, False), "forward of one": (1, False)}
 OURS = ("grouped", "matmul", "mixture", "chunked")
 COLUMNS = ("static", *OURS, "timm")
+GROWTH_KERNELS, GROWTH_BATCHES = (1, 2, 4, 8, 16), (8, 32, 128, 256)
 Shape = tuple[int, int, int, int, int, int, int]  # channels in, out, kernel size, stride, padding, groups, map size
+MODE_SHAPES: list[Shape] = [
+    (128, 128, 3, 1, 1, 1, 28),
+    (256, 256, 3, 1, 1, 1, 14),
+    (256, 256, 3, 1, 1, 1, 2),
+    (24, 144, 1, 1, 0, 1, 56),
+    (960, 160, 1, 1, 0, 1, 7),
+    (144, 144, 3, 1, 1, 144, 56),
+]
 
 
 class PeerConv2d(nn.Module):
@@ -151,7 +165,7 @@ def _chosen(result: dict[str, Any]) -> float:
     return result["milliseconds"][result["auto"]]
 
 
-def _head(names: tuple[str, ...]) -> str:
+def _head(names: Iterable[str]) -> str:
     return "".join(f"{name:>9}" for name in names)
 
 
@@ -213,25 +227,77 @@ def networks(place: Any) -> list[dict[str, Any]]:
 
 
 def growth(place: Any) -> list[dict[str, Any]]:
-    """Measure the training step of ResNet-18 at 32 px over the number of kernels and the batch."""
-    results = []
-    batches, numbers = (8, 32, 128, 256), (1, 2, 4, 8, 16)
+    """Measure the training step of ResNet-18 at 32 px over K and the batch, and explain it by weights and products."""
+    results: list[dict[str, Any]] = []
+    build = NETWORKS["ResNet-18"]
     print("\nResNet-18, 32 px, training step: milliseconds of the static network, then relative to it by K")
-    print(f"{'batch':8}{'static':>9}" + _head(tuple(f"K = {kernels}" for kernels in numbers)))
-    for batch in batches:
-        build = NETWORKS["ResNet-18"]
-        steps = {"static": make_step(build(), batch, True, 32, place)}
-        steps |= {
-            f"{kernels}": make_step(converted(build, "auto", kernels), batch, True, 32, place) for kernels in numbers
-        }
+    print(f"{'batch':8}{'static':>9}" + _head([f"K = {kernels}" for kernels in GROWTH_KERNELS]))
+    for batch in GROWTH_BATCHES:
+        models = {"static": build()} | {f"K = {k}": converted(build, "auto", k) for k in GROWTH_KERNELS}
+        steps = {name: make_step(model, batch, True, 32, place) for name, model in models.items()}
         times = interleaved(steps, place.rounds, place.device)
-        ratios = "".join(f"{times[f'{kernels}'] / times['static']:9.2f}" for kernels in numbers)
+        work = {name: counted(step) for name, step in steps.items()}
+        ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in steps if name != "static")
         print(f"{batch:<8}{times['static']:9.1f}{ratios}", flush=True)
-        results.append({"batch": batch, "milliseconds": times})
+        weights = {name: parameters(model) for name, model in models.items()}
+        results.append({"batch": batch, "milliseconds": times, "multiply_adds": work, "weights": weights})
+    rows = [
+        (r["weights"][name], r["multiply_adds"][name], time)
+        for r in results
+        for name, time in r["milliseconds"].items()
+    ]
+    design = np.array([[weights / time, products / time, 1 / time] for weights, products, time in rows])
+    per_weight, per_product, fixed = nnls(design, np.ones(len(rows)))[0]
+    errors = np.abs(design @ (per_weight, per_product, fixed) - 1)
+    print(
+        f"explained by {per_weight * 1e6:.2f} ns a weight (its gradient, and SGD's five passes: 28 bytes at "
+        f"{28 / per_weight / 1e6:.0f} GB/s), {per_product * 1e9:.1f} ps a multiply-add and {fixed:.1f} ms, "
+        f"within {np.median(errors):.0%} (median; at most {errors.max():.0%})"
+    )
     return results
 
 
-PARTS = {"layers": layers, "networks": networks, "growth": growth}
+def counted(step: Callable[[], None]) -> float:
+    """Count the multiply-adds of a training step, of all passes."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 2
+
+
+def modes(place: Any) -> list[dict[str, Any]]:
+    """Measure the training step of single layers as they are, in channels_last, in bfloat16 and compiled."""
+    results = []
+    names = ("plain", "channels_last", "bfloat16", "compiled")
+    print("\nmilliseconds of a forward and backward pass of DynamicConv2d, then relative to it, and nn.Conv2d likewise")
+    print(f"{'in, out, kernel, stride, padding, groups, map':48}{'':>8}{'plain':>9}" + _head(names[1:]))
+    for shape in MODE_SHAPES:
+        in_channels, out_channels, *geometry, groups, pixels = shape
+        arguments = (in_channels, out_channels, *geometry, 1, groups, False)
+        for kind, layer in (("dynamic", DynamicConv2d(*arguments)), ("static", nn.Conv2d(*arguments))):
+            x = torch.randn(place.batch, in_channels, pixels, pixels, device=place.device, requires_grad=True)
+            last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+            layer = layer.to(place.device)
+            passes = {
+                "plain": partial(both_passes, layer, x),
+                "channels_last": partial(both_passes, copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
+                "bfloat16": partial(both_passes, layer, x, torch.bfloat16),
+                "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
+            }
+            times = interleaved(passes, place.rounds, place.device)
+            ratios = "".join(f"{times[name] / times['plain']:9.2f}" for name in names[1:])
+            print(f"{shape!s:48}{kind:>8}{times['plain']:9.2f}{ratios}", flush=True)
+            results.append({"shape": shape, "layer": kind, "milliseconds": times})
+    return results
+
+
+def both_passes(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Run a layer forward and backward."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        y = layer(x)
+    torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+
+
+PARTS = {"layers": layers, "networks": networks, "growth": growth, "modes": modes}
 
 
 def main(arguments: list[str] | None = None) -> None:
