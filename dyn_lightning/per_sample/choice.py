@@ -61,6 +61,8 @@ CACHED_BYTES = 8 << 20
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
 # page, each time. Convolutions gain from chunks where they have one; matrix products, where the kernels are twice that.
 KEPT_BYTES = 32 << 20
+# Of one sample, positions of an output up to which a product takes less time than to begin a convolution.
+SMALL_MAP = 16
 
 
 class Case(NamedTuple):
@@ -133,7 +135,14 @@ CPU_COSTS = {
     (False, True): Costs(5140, 47, 33, 4810, 8870),
     (False, False): Costs(1460, 14, 8.4, 1980, 2830),
 }
-CUDA_COSTS = CPU_COSTS
+# No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
+# product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
+CUDA_COSTS = {
+    (True, True): Costs(7, 0.015, 0.015, 7, 7),
+    (True, False): Costs(2.4, 0.005, 0.005, 2.4, 2.4),
+    (False, True): Costs(7, 0.075, 0.015, 7, 7),
+    (False, False): Costs(2.4, 0.025, 0.005, 2.4, 2.4),
+}
 
 
 def choose(case: Case) -> str:
@@ -152,7 +161,8 @@ def choose(case: Case) -> str:
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        return "grouped"
+        small = case.positions <= SMALL_MAP and (case.product or case.depthwise)
+        return "matmul" if small else "grouped"
     kernels = case.mixed * case.bytes_each
     largest = kernels // 2 if case.product else max(case.input.numel(), case.outputs, case.mixed) * case.bytes_each
     in_chunks = largest > KEPT_BYTES or (case.depthwise and case.channels_last)

@@ -34,6 +34,7 @@ from dyn_lightning.cost import parameters
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.routing import SoftmaxAttention
+from experiments.benchmarks.plots import draw
 from experiments.benchmarks.timing import interleaved, peak_bytes, versions
 
 KERNELS, BATCH = 4, 32
@@ -222,7 +223,8 @@ def networks(place: Any) -> list[dict[str, Any]]:
                 for unit, values in (("ms", times), ("MiB", peaks)):
                     ratios = "".join(f"{values[name] / values['static']:9.2f}" for name in names[1:])
                     print(f"{f'{network}, {size} px':26}{unit:>8}{values['static']:9.1f}{ratios}", flush=True)
-                results.append({"job": job, "network": network, "size": size, "milliseconds": times, "MiB": peaks})
+                about = {"job": job, "batch": batch, "network": network, "size": size}
+                results.append({**about, "milliseconds": times, "MiB": peaks})
     return results
 
 
@@ -328,6 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     if place.out:
         place.out.mkdir(parents=True, exist_ok=True)
         (place.out / "dynamic_conv.json").write_text(line + "\n")
+        draw(json.loads(line), place.out)
     print(line)
 
 

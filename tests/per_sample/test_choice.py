@@ -21,7 +21,7 @@ PADDED: dict[str, Any] = {"padding": 1}
     [
         ((0, 4, 99, 99), (3, 6, 4, 3, 3), {}, "mixture"),
         ((0, 4, 99, 99), (3, 6, 4, 1, 1), {}, "mixture"),
-        ((1, 960, 1, 1), (4, 160, 960, 1, 1), {}, "grouped"),
+        ((1, 960, 1, 1), (4, 160, 960, 1, 1), {}, "matmul"),
         ((1, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "grouped"),
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
         ((32, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),

@@ -1,0 +1,121 @@
+"""Draw what ``experiments.benchmarks.dynamic_conv`` measured: ``python -m experiments.benchmarks.plots FOLDER``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+mpl.use("agg")
+COLOURS = {
+    "timm": "#7f7f7f",
+    "grouped": "#9ecae1",
+    "matmul": "#fdae6b",
+    "mixture": "#c994c7",
+    "chunked": "#a1d99b",
+    "auto": "#d62728",
+}
+NAMES = {"timm": "timm's CondConv2d", "auto": "auto (this package)"}
+
+
+def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw a picture for each part that was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for part, results in measured["results"].items():
+        if part in PLOTS:
+            figure = PLOTS[part](results)
+            figure.supxlabel(f"{measured['device']}, torch {measured['torch']}, {measured['date']}", fontsize=8)
+            paths.append(folder / f"{part}.png")
+            figure.savefig(paths[-1], dpi=110)
+            plt.close(figure)
+    return paths
+
+
+def networks(results: list[dict[str, Any]]) -> Any:
+    """Bars of each method's time beside the static network's."""
+    jobs = list(dict.fromkeys(result["job"] for result in results))
+    figure, axes = plt.subplots(len(jobs), 1, figsize=(11, 3.4 * len(jobs)), layout="constrained", squeeze=False)
+    for job, axis in zip(jobs, axes[:, 0], strict=True):
+        rows = [result for result in results if result["job"] == job]
+        width = 0.8 / len(COLOURS)
+        for position, (method, colour) in enumerate(COLOURS.items()):
+            ratios = [row["milliseconds"][method] / row["milliseconds"]["static"] for row in rows]
+            places = [place + (position - 2.5) * width for place in range(len(rows))]
+            axis.bar(places, ratios, width, color=colour, label=NAMES.get(method, method))
+        axis.set_xticks(range(len(rows)), [f"{row['network']}\n{row['size']} px" for row in rows], fontsize=8)
+        axis.set_ylabel("time / static network's")
+        axis.set_title(f"{job}, batch {rows[0]['batch']}", fontsize=10)
+        _logarithmic(axis)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, fontsize=8, loc="outside upper center")
+    return figure
+
+
+def layers(results: list[dict[str, Any]]) -> Any:
+    """Each layer shape as a point: timm's time and ours, both beside the static convolution's."""
+    jobs = list(dict.fromkeys(result["job"] for result in results))
+    figure, axes = plt.subplots(1, len(jobs), figsize=(4.4 * len(jobs), 4.6), layout="constrained", squeeze=False)
+    for job, axis in zip(jobs, axes[0], strict=True):
+        kinds: dict[str, list[tuple[float, float]]] = {"1x1": [], "depthwise": [], "k x k": []}
+        for row in (result for result in results if result["job"] == job):
+            times, (_, _, size, _, _, groups, _) = row["milliseconds"], row["shape"]
+            kind = "1x1" if size == 1 else "depthwise" if groups > 1 else "k x k"
+            kinds[kind].append((times["timm"] / times["static"], times[row["auto"]] / times["static"]))
+        for kind, points in kinds.items():
+            axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=f"{kind} ({len(points)})")
+        ends = (min(min(axis.get_xlim()[0], axis.get_ylim()[0]), 0.1), max(axis.get_xlim()[1], axis.get_ylim()[1]))
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("timm's CondConv2d / static convolution")
+        axis.set_title(f"{job}, batch {row_of(results, job)['batch']}", fontsize=10)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("auto / static convolution\n(below the line: faster than timm's)")
+    return figure
+
+
+def row_of(results: list[dict[str, Any]], job: str) -> dict[str, Any]:
+    """Give the first result of a job."""
+    return next(result for result in results if result["job"] == job)
+
+
+def growth(results: list[dict[str, Any]]) -> Any:
+    """Milliseconds over K, a line a batch."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
+    for result, colour in zip(results, plt.get_cmap("viridis")([0.0, 0.3, 0.6, 0.85]), strict=False):
+        times = dict(result["milliseconds"])
+        static = times.pop("static")
+        kernels = [int(name.removeprefix("K = ")) for name in times]
+        axis.plot(kernels, list(times.values()), marker="o", color=colour, label=f"batch {result['batch']}")
+        axis.axhline(static, color=colour, linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(kernels, [str(number) for number in kernels])
+    axis.set_yscale("log")
+    axis.set_xlabel("K, the kernels that are mixed")
+    axis.set_ylabel("milliseconds a training step")
+    axis.set_title("ResNet-18, 32 px: dynamic (lines) and static (dotted)", fontsize=10)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _logarithmic(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.grid(axis="y", which="major", linewidth=0.3)
+
+
+PLOTS = {"networks": networks, "layers": layers, "growth": growth}
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    print(*draw(json.loads((where / "dynamic_conv.json").read_text()), where), sep="\n")
