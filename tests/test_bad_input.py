@@ -67,6 +67,8 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str, leaves: tuple[s
         ("model/conv_args", {"num_kernels": 0}, "num_kernels=0 must be at least 1"),
         ("model/conv_args", {"kernels": 4}, r"conv2 = .*unexpected keyword argument 'kernels'"),
         ("model/conv_args", {"temperature": -1}, "temperature=-1 must be a finite number above 0"),
+        ("model/conv_args", {"method": "fast"}, r"method='fast' does not exist, choose one of \['auto',"),
+        ("model/conv_args", {"max_mixed_bytes": 0}, "max_mixed_bytes=0 must be at least 1"),
         ("model/conv_args", {"include": "conv2"}, r"conv_args has \['include'\]: give model.include instead"),
         ("model/group_budget", 32, "group_budget=32.0 needs layers that learn their groups"),
         ("model/conv_args", {"share": "blocks"}, "share='blocks' must be one of"),
