@@ -1,15 +1,17 @@
-"""What a network costs: parameters, multiply-adds, peak memory."""
+"""What a network costs: parameters, multiply-adds, methods, peak memory."""
 
+import itertools
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning import functional
@@ -79,20 +81,24 @@ def methods(
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name), prepend=True))
         hooks.append(module.register_forward_hook(lambda *_: _drop(running), always_call=True))
-    functional.NOTES.append(lambda method: found.setdefault(running[-1], []).append(method))
+
+    def note(method: str) -> None:
+        found.setdefault(running[-1], []).append(method)
+
+    functional.NOTES.append(note)
     try:
         images = empty_images(model, batch_size, input_shape)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, evaluating(model), torch.set_grad_enabled(training):
             model(fake.from_tensor(images))
     finally:
-        functional.NOTES.pop()
+        functional.NOTES.remove(note)
         for hook in hooks:
             hook.remove()
     return {name: ", ".join(names) for name, names in found.items()}
 
 
 def _drop(running: list[str]) -> None:
-    running.pop()
+    running.pop()  # what a hook returns would take the place of the output
 
 
 @contextmanager
@@ -120,3 +126,26 @@ def peak_memory(device: torch.device | None = None) -> dict[str, int]:
     if device is not None and device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device | None = None) -> int:
+    """Give the bytes that a function takes at once while it runs, beyond what was taken before.
+
+    Args:
+        function: that is called, once.
+        device: a CUDA device whose memory is counted; otherwise it is the tensors on the CPU, those inside of torch's
+            operations too (not what a library such as oneDNN takes for itself).
+
+    Example:
+        >>> peak_bytes(lambda: torch.zeros(1000) + 1)
+        8000
+    """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes = (event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate(changes, initial=0))

@@ -1,8 +1,4 @@
-"""What the layers share: the per-sample convolution, its equal-valued methods, and nn.Conv2d's bookkeeping.
-
-Axis letters: b sample, k kernel, g group, o output channel, i input channel of a group, h w kernel rows and columns,
-y x output rows and columns, p position (y and x as one axis).
-"""
+"""What the layers share: the per-sample convolution, and nn.Conv2d's bookkeeping."""
 
 import functools
 import math
@@ -13,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, METHODS, Case, choose, chunk_limit, fastest
-from dyn_lightning.per_sample.chunked import chunked
+from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, Case, choose, fastest, run
 from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, mix_kernels, output_length
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
@@ -57,14 +52,16 @@ def dynamic_conv2d(
             and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
             pass again. ``"auto"`` chooses one by a model of their costs (``choose_method``), ``"benchmark"`` times them
             once a shape (``"auto"`` while compiling). All give the same value and the same gradients.
-        max_mixed_bytes: that ``"auto"`` and ``"benchmark"`` may take for mixed kernels, or for the outputs of K
-            kernels; where both would need more, they take ``"chunked"``, whose chunks keep to it.
+        max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels or for the
+            outputs of K kernels. Where either would need more, they take ``"chunked"``, whose chunks keep to it, their
+            gradients included, down to one sample and 64 output channels (or all, with groups).
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
 
     Raises:
-        ValueError: a shape disagrees with another, or the method does not exist.
+        ValueError: a shape or type disagrees with another, the kernel is larger than the padded input, or the method
+            does not exist or cannot run on the input's device.
 
     Example:
         >>> x, routing, weight = torch.randn(2, 4, 7, 6), torch.rand(2, 3), torch.randn(3, 6, 4, 3, 3)
@@ -76,6 +73,8 @@ def dynamic_conv2d(
     full = input
     input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
     input, routing, weight = _as_autocast(input, routing.to(weight.dtype), weight)
+    if input.dtype != weight.dtype:
+        raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     case = case_of(input, weight, geometry, training, max_mixed_bytes)
     if len(input) == 0 or method == "auto" or (method == "benchmark" and torch.compiler.is_compiling()):
@@ -84,10 +83,7 @@ def dynamic_conv2d(
         method = fastest(input, routing, weight, case)
     for note in NOTES:
         note(method)
-    if method == "chunked":
-        output = chunked(input, routing, weight, geometry, chunk_limit(case))
-    else:
-        output = METHODS[method](input, routing, weight, geometry)
+    output = run(method, input, routing, weight, case)
     if bias is not None:
         output = output + mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
     return in_format_of(full, output)
@@ -115,7 +111,19 @@ def choose_method(
         groups: groups of the convolution.
         training: whether there is a backward pass too.
         max_mixed_bytes: as in ``dynamic_conv2d``.
+
+    Returns:
+        ``"grouped"``, ``"matmul"``, ``"mixture"`` or ``"chunked"``.
+
+    Raises:
+        ValueError: as in ``dynamic_conv2d``.
+
+    Example:
+        >>> choose_method(torch.empty(32, 960, 1, 1), torch.empty(4, 160, 960, 1, 1))
+        'mixture'
     """
+    _check_shapes(input, input.new_empty(len(input), len(weight)), weight, None, groups)
+    check_method("auto", max_mixed_bytes)
     tensors = prepared(input, weight, stride, padding, dilation, groups)
     return choose(case_of(*tensors, training, max_mixed_bytes))
 
@@ -175,12 +183,17 @@ def _reduced(
     for axis in (0, 1):
         # Of 3x3 kernels on one pixel, the middle is left. One sample gains nothing by it: all K kernels are read.
         count = output_length(size[axis], lengths[axis], steps[axis], padded[axis], distances[axis])
+        if count < 1:
+            raise ValueError(
+                f"input of {size[axis]} {('rows', 'columns')[axis]}, padded by {padded[axis]} on both sides, must not "
+                f"be smaller than the kernel of {lengths[axis]}, dilated by {distances[axis]}: add padding"
+            )
         first = max(0, -(-(padded[axis] - (count - 1) * steps[axis]) // distances[axis]))
         last = min(lengths[axis] - 1, (size[axis] - 1 + padded[axis]) // distances[axis])
         length, left = last - first + 1, padded[axis] - first * distances[axis]
         # Nothing is cut off where the padding would have to differ between the sides.
         even = left >= 0 and output_length(size[axis], length, steps[axis], left, distances[axis]) == count
-        if input[0] > 1 and count > 0 and 0 < length < lengths[axis] and even:
+        if input[0] > 1 and 0 < length < lengths[axis] and even:
             kept[3 + axis], lengths[axis], padded[axis] = (first, last), length, left
     step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
     steps = (1, 1) if step == steps else steps
@@ -208,7 +221,7 @@ def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts what a convolution takes; chunks would otherwise be cast one by one."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
@@ -444,6 +457,7 @@ def conv2d_repr(layer: Any) -> str:
 
 def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     check_batched(input)
+    check_count("groups", groups)
     if weight.dim() != 5:
         raise ValueError(f"weight of shape {tuple(weight.shape)} must be (K, C_out, C_in / groups, kH, kW)")
     kernels, out_channels, group_channels = weight.shape[:3]

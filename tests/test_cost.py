@@ -96,7 +96,7 @@ class TestMethods:
 
     def test_leaves_no_hook_when_the_model_fails(self) -> None:
         layer = CondConv2d(4, 6, 3)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="must not be smaller than the kernel"):
             methods(layer, (4, 2, 2))
         assert not layer._forward_hooks
         assert not functional.NOTES

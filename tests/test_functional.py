@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dyn_lightning.functional import (
-    METHODS,
     BatchNorm2d,
     as_pair,
     dynamic_conv2d,
     init_kernels_,
 )
+from dyn_lightning.per_sample.choice import METHODS
 from dyn_lightning.per_sample.methods import mix_kernels, output_size
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw, loop

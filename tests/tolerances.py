@@ -8,6 +8,7 @@ from torch import Tensor
 TOLERANCES = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-9},
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
+    torch.float16: {"rtol": 5e-3, "atol": 2e-2},
     torch.bfloat16: {"rtol": 2e-2, "atol": 1e-1},
 }
 

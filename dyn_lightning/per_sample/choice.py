@@ -5,7 +5,6 @@ import math
 import os
 import statistics
 import time
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +77,12 @@ class Case(NamedTuple):
     max_mixed_bytes: int
 
     @property
-    def product(self) -> bool:
+    def is_product(self) -> bool:
         """Whether a sample's convolution is one matrix product."""
         return multiplies(self.weight, self.geometry)
 
     @property
-    def depthwise(self) -> bool:
+    def is_depthwise(self) -> bool:
         """Whether each group has one input channel."""
         return is_depthwise(self.weight, self.geometry)
 
@@ -93,14 +92,14 @@ class Case(NamedTuple):
         return math.prod(positions(self.input, self.weight, self.geometry))
 
     @property
-    def mixed(self) -> int:
+    def mixed_weights(self) -> int:
         """Weights of the B mixed kernels."""
         return self.input[0] * self.weight[1:].numel()
 
     @property
-    def products(self) -> int:
+    def multiply_adds(self) -> int:
         """Multiply-adds of a static convolution."""
-        return self.mixed * self.positions
+        return self.mixed_weights * self.positions
 
     @property
     def outputs(self) -> int:
@@ -109,22 +108,21 @@ class Case(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Picoseconds: ``mixed`` per weight of the B mixed kernels and ``product`` per multiply-add where kernels are mixed
-    first; per multiply-add (``mixture``), per weight and per number given where all K kernels convolve.
+    """Picoseconds. Where kernels are mixed first: per weight of the B mixed kernels, and per multiply-add. Where all K
+    kernels convolve: per multiply-add, per weight of the K kernels, and per number that they give.
     """
 
-    mixed: float
-    product: float
-    mixture: float
-    weight: float
-    output: float
+    per_mixed_weight: float
+    per_multiply_add: float
+    per_mixture_multiply_add: float
+    per_weight: float
+    per_output: float
 
     def prefer_mixture(self, case: Case) -> bool:
         """Tell whether convolving with all K kernels costs less than mixing them first."""
-        kernels, all_weights = case.weight[0], case.weight.numel()
-        first = self.mixed * case.mixed + self.product * case.products
-        last = kernels * (self.mixture * case.products + self.output * case.outputs) + self.weight * all_weights
-        return last < first
+        mixed_first = self.per_mixed_weight * case.mixed_weights + self.per_multiply_add * case.multiply_adds
+        one = self.per_mixture_multiply_add * case.multiply_adds + self.per_output * case.outputs
+        return case.weight[0] * one + self.per_weight * case.weight.numel() < mixed_first
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
@@ -152,28 +150,34 @@ def choose(case: Case) -> str:
     first = mixed_first(case)
     # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
     too_much = case.weight[0] * case.outputs * case.bytes_each > case.max_mixed_bytes
-    if case.input[0] == 1 or case.depthwise or too_much:
+    if case.input[0] == 1 or case.is_depthwise or too_much:
         return first
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
-    return "mixture" if costs[case.product, case.training].prefer_mixture(case) else first
+    return "mixture" if costs[case.is_product, case.training].prefer_mixture(case) else first
 
 
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
-    if case.input[0] == 1:
-        small = case.positions <= SMALL_MAP and (case.product or case.depthwise)
-        return "matmul" if small else "grouped"
-    kernels = case.mixed * case.bytes_each
-    largest = kernels // 2 if case.product else max(case.input.numel(), case.outputs, case.mixed) * case.bytes_each
-    in_chunks = largest > KEPT_BYTES or (case.depthwise and case.channels_last)
-    if kernels > case.max_mixed_bytes or (case.device == "cpu" and in_chunks):
+    kernels = case.mixed_weights * case.bytes_each
+    if kernels > case.max_mixed_bytes:
         return "chunked"
-    return "matmul" if case.product or (case.depthwise and case.positions <= FEW_POSITIONS) else "grouped"
+    if case.input[0] == 1:
+        small = case.positions <= SMALL_MAP and (case.is_product or case.is_depthwise)
+        return "matmul" if small else "grouped"
+    numbers = (case.input.numel(), case.outputs, case.mixed_weights)
+    largest = kernels // 2 if case.is_product else max(numbers) * case.bytes_each
+    if case.device == "cpu" and (largest > KEPT_BYTES or (case.is_depthwise and case.channels_last)):
+        return "chunked"
+    return "matmul" if case.is_product or (case.is_depthwise and case.positions <= FEW_POSITIONS) else "grouped"
 
 
-def chunk_limit(case: Case) -> int:
-    """Give the bytes that a chunk of samples may take."""
-    return min(CACHED_BYTES, case.max_mixed_bytes) if case.device == "cpu" else case.max_mixed_bytes
+def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> Tensor:
+    """Compute by a method; ``"chunked"`` gets the bytes that it may take."""
+    if method != "chunked":
+        return METHODS[method](input, routing, weight, case.geometry)
+    # The backward pass holds a chunk's kernels and maps, and their gradients.
+    limit = case.max_mixed_bytes // 2 if case.training else case.max_mixed_bytes
+    return chunked(input, routing, weight, case.geometry, min(CACHED_BYTES, limit) if case.device == "cpu" else limit)
 
 
 # What `fastest` found, by all that a time depends on.
@@ -181,32 +185,37 @@ MEASURED: dict[tuple[Any, ...], str] = {}
 
 
 def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
-    """Time the methods that keep within ``max_mixed_bytes``, once a case, and remember the fastest."""
-    if isinstance(input, FakeTensor):
+    """Time the methods that keep within ``max_mixed_bytes``, once a case, and remember the fastest.
+
+    DDP ranks may find different ones, of equal value.
+    """
+    if isinstance(input, FakeTensor) or input.device.type == "meta":
         return choose(case)  # there is nothing to time
     key = (case, input.device, input.dtype, torch.get_num_threads())
     if key not in MEASURED:
-        tensors = [tensor.detach().requires_grad_(case.training) for tensor in (input, routing, weight)]
-        times = {name: _milliseconds(method, tensors, case) for name, method in methods_within(case).items()}
+        with torch.inference_mode(False), torch.set_grad_enabled(case.training):
+            tensors = [tensor.detach().clone().requires_grad_(case.training) for tensor in (input, routing, weight)]
+            times = {method: _milliseconds(method, tensors, case) for method in methods_within(case)}
         MEASURED[key] = min(times, key=lambda name: times[name])
     return MEASURED[key]
 
 
-def methods_within(case: Case) -> dict[str, Method]:
-    """Give the methods whose mixed kernels, or outputs of K kernels, keep within ``max_mixed_bytes``."""
-    found: dict[str, Method] = {"chunked": partial(chunked, limit=chunk_limit(case))}
-    if case.mixed * case.bytes_each <= case.max_mixed_bytes:
-        found |= {"grouped": grouped, "matmul": matmul}
+def methods_within(case: Case) -> list[str]:
+    """Name the methods whose mixed kernels, or outputs of K kernels, keep within ``max_mixed_bytes``."""
+    found = ["chunked"]
+    if case.mixed_weights * case.bytes_each <= case.max_mixed_bytes:
+        found += ["grouped", "matmul"]
     if case.weight[0] * case.outputs * case.bytes_each <= case.max_mixed_bytes:
-        found |= {"mixture": mixture}
-    return found | ({"triton": triton} if case.device == "cuda" and has_triton() else {})
+        found += ["mixture"]
+    return [*found, "triton"] if case.device == "cuda" and has_triton() else found
 
 
-def _milliseconds(method: Method, tensors: list[Tensor], case: Case) -> float:
+def _milliseconds(method: str, tensors: list[Tensor], case: Case) -> float:
+    input, routing, weight = tensors
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        output = method(*tensors, case.geometry)
+        output = run(method, input, routing, weight, case)
         if case.training:
             torch.autograd.grad(output, tensors, torch.ones_like(output))
         if output.is_cuda:

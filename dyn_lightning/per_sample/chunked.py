@@ -30,7 +30,7 @@ from dyn_lightning.per_sample.operation import operation
 WANTED_SAMPLES, LEAST_CHANNELS = 8, 64
 
 
-def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int = 8 << 20) -> Tensor:
+def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
     """Mix, use and forget the kernels of a few samples at a time.
 
     Args:

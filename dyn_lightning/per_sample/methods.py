@@ -124,8 +124,9 @@ def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tens
 
 def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Give memory for the output, laid out as the input is."""
-    output = input.new_empty(input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry))
-    return output.to(memory_format=torch.channels_last) if is_channels_last(input) else output
+    size = (input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry))
+    layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 def is_channels_last(input: Tensor) -> bool:

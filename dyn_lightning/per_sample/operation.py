@@ -20,7 +20,7 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
         name: of the operation, in ``torch.ops.dyn_lightning``.
         forward: ``(input, routing, weight, geometry, *settings)`` to the output; the settings are whole numbers.
         backward: ``(grad, input, routing, weight, geometry, *settings, needed)`` to the gradients that are needed.
-        plain: a method of torch's own operations, for second derivatives.
+        plain: a method of torch's own operations, for second derivatives and transforms.
 
     Returns:
         A function of ``(input, routing, weight, geometry, *settings)``.
@@ -74,10 +74,20 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
     run.register_autograd(gradients, setup_context=save)
 
     def call(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, *settings: int) -> Tensor:
+        if not torch.compiler.is_compiling() and _is_transformed():
+            return plain(input, routing, weight, geometry)
         stride, padding, dilation, groups = geometry
         return run(input, routing, weight, [*stride, *padding, *dilation, groups, *settings])
 
     return call
+
+
+def _is_transformed() -> bool:
+    """Tell whether something runs that operations of one's own have no rule for, or would get wrong: forward-mode
+    derivatives (a silent zero), ``torch.func``, ``torch.jit.trace``.
+    """
+    transforms = torch._C._are_functorch_transforms_active()
+    return transforms or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def _multiply_adds(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:

@@ -139,7 +139,6 @@ def _kernel_grads_kernel(
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    input, routing = input.contiguous(), routing.contiguous()
     output = empty_output(input, weight, geometry)
     sizes, options = _sizes(input, weight, geometry), _options(input, weight)
     grid = (len(input), triton.cdiv(output[0, 0].numel(), POSITIONS), geometry.groups * triton.cdiv(sizes[2], CHANNELS))
@@ -150,7 +149,7 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
 def _backward(
     grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, needed: list[bool]
 ) -> list[Tensor]:
-    grad, input, routing, kernels = grad.contiguous(), input.contiguous(), routing.contiguous(), _elements_first(weight)
+    grad, kernels = grad.contiguous(), _elements_first(weight)
     sizes, options = _sizes(input, weight, geometry), _options(input, weight)
     groups, ins, outs = sizes[:3]
     gradients = []
@@ -193,4 +192,9 @@ def _options(input: Tensor, weight: Tensor) -> dict[str, Any]:
     }
 
 
-convolve = operation("triton", _forward, _backward, grouped)
+_convolve = operation("triton", _forward, _backward, grouped)
+
+
+def convolve(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Mix tiles of the kernels where they are used."""
+    return _convolve(input.contiguous(), routing.contiguous(), weight, geometry)

@@ -2,8 +2,8 @@
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
 other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``),
-fitted by least squares of the relative error, with no negative number. Prints the numbers for ``choice.py``, and how
-good choices by them would be.
+fitted by least squares of the relative error, with no negative number. Prints the numbers for ``choice.py``, and
+the cases where a choice by them is more than 10 % slower than the best method.
 """
 
 import json
@@ -23,6 +23,10 @@ Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by met
 def rows(path: str) -> list[Result]:
     """Read what was measured where the choice is open, and which method would be taken that mixes first."""
     measured = json.loads(Path(path).read_text())
+    if "CPU" not in measured["device"] or measured["dtype"] != "torch.float32":
+        raise SystemExit(
+            f"{path} is of {measured['device']}, {measured['dtype']}: the model is of a CPU in torch.float32"
+        )
     found = []
     for result in measured["results"]["layers"]:
         in_channels, out_channels, size, stride, padding, groups, pixels = result["shape"]
@@ -30,16 +34,16 @@ def rows(path: str) -> list[Result]:
         weight = torch.empty(measured["kernels"], out_channels, in_channels // groups, size, size)
         tensors = prepared(x, weight, stride, padding, 1, groups)
         case = case_of(*tensors, result["training"], MAX_MIXED_BYTES)
-        if result["batch"] > 1 and not case.depthwise:
+        if result["batch"] > 1 and not case.is_depthwise:
             found.append((case, mixed_first(case), result["milliseconds"]))
     return found
 
 
 def fit(results: list[Result]) -> Costs:
     """Fit one kind of layer and job; a picosecond is 1e-9 of the milliseconds that were measured."""
-    mixing = [((case.mixed, case.products), times[first]) for case, first, times in results]
+    mixing = [((case.mixed_weights, case.multiply_adds), times[first]) for case, first, times in results]
     last = [
-        ((case.weight[0] * case.products, case.weight.numel(), case.weight[0] * case.outputs), times["mixture"])
+        ((case.weight[0] * case.multiply_adds, case.weight.numel(), case.weight[0] * case.outputs), times["mixture"])
         for case, _, times in results
     ]
     numbers: list[float] = []
@@ -52,10 +56,10 @@ def fit(results: list[Result]) -> Costs:
 def main(paths: list[str]) -> None:
     """Print the fitted numbers, and the choices by them that would not be best."""
     results = [row for path in paths for row in rows(path)]
-    for kind in sorted({(case.product, case.training) for case, *_ in results}, reverse=True):
-        these = [row for row in results if (row[0].product, row[0].training) == kind]
+    for kind in sorted({(case.is_product, case.training) for case, *_ in results}, reverse=True):
+        these = [row for row in results if (row[0].is_product, row[0].training) == kind]
         costs = fit(these)
-        print(f"{kind}: Costs({', '.join(f'{number:.1f}' for number in costs)}),")
+        print(f"{kind}: Costs({', '.join(f'{number:.1f}' for number in costs)}),  # {len(these)} cases, but for")
         for case, first, times in these:
             chosen = "mixture" if costs.prefer_mixture(case) else first
             best = min(times[name] for name in times if name not in ("static", "timm"))

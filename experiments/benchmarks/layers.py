@@ -6,13 +6,12 @@ over an unfolded map. Interleaved, median of several rounds.
 """
 
 import json
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 
+from dyn_lightning.cost import peak_bytes
 from dyn_lightning.layers import DGConv2d, DOConv2d, Involution2d
 from experiments.benchmarks.timing import interleaved, versions
 
@@ -55,14 +54,6 @@ def involution(kernel_size: int) -> tuple[dict[str, float], dict[str, float]]:
     peaks = {name: peak_bytes(lambda form=form: form(x).sum().backward()) for name, form in forms.items()}
     times = interleaved({name: lambda form=form: form(x).sum().backward() for name, form in forms.items()}, 5)
     return times, {name: peak / (x.numel() * x.element_size()) for name, peak in peaks.items()}
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Give the bytes of the tensors that are alive at once while the function runs."""
-    tracker = MemTracker()
-    with tracker:
-        function()
-    return max(sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
 
 
 def main() -> None:

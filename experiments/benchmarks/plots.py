@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -17,6 +18,7 @@ COLOURS = {
     "matmul": "#fdae6b",
     "mixture": "#c994c7",
     "chunked": "#a1d99b",
+    "triton": "#74a9cf",
     "auto": "#d62728",
 }
 NAMES = {"timm": "timm's CondConv2d", "auto": "auto (this package)"}
@@ -42,10 +44,11 @@ def networks(results: list[dict[str, Any]]) -> Any:
     figure, axes = plt.subplots(len(jobs), 1, figsize=(11, 3.4 * len(jobs)), layout="constrained", squeeze=False)
     for job, axis in zip(jobs, axes[:, 0], strict=True):
         rows = [result for result in results if result["job"] == job]
-        width = 0.8 / len(COLOURS)
-        for position, (method, colour) in enumerate(COLOURS.items()):
+        shown = {method: colour for method, colour in COLOURS.items() if method in rows[0]["milliseconds"]}
+        width = 0.8 / len(shown)
+        for position, (method, colour) in enumerate(shown.items()):
             ratios = [row["milliseconds"][method] / row["milliseconds"]["static"] for row in rows]
-            places = [place + (position - 2.5) * width for place in range(len(rows))]
+            places = [place + (position - (len(shown) - 1) / 2) * width for place in range(len(rows))]
             axis.bar(places, ratios, width, color=colour, label=NAMES.get(method, method))
         axis.set_xticks(range(len(rows)), [f"{row['network']}\n{row['size']} px" for row in rows], fontsize=8)
         axis.set_ylabel("time / static network's")
@@ -88,7 +91,7 @@ def row_of(results: list[dict[str, Any]], job: str) -> dict[str, Any]:
 def growth(results: list[dict[str, Any]]) -> Any:
     """Milliseconds over K, a line a batch."""
     figure, axis = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
-    for result, colour in zip(results, plt.get_cmap("viridis")([0.0, 0.3, 0.6, 0.85]), strict=False):
+    for result, colour in zip(results, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(results))), strict=True):
         times = dict(result["milliseconds"])
         static = times.pop("static")
         kernels = [int(name.removeprefix("K = ")) for name in times]

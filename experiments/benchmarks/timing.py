@@ -1,6 +1,7 @@
-"""What the benchmarks share: interleaved timing, peak memory, and the versions that a result depends on."""
+"""What the benchmarks share: interleaved timing, and the versions that a result depends on."""
 
 import datetime
+import math
 import platform
 import statistics
 import time
@@ -8,59 +9,56 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed._tools.mem_tracker import MemTracker
 
-from dyn_lightning.record import device_name
+from dyn_lightning.record import device_name, packages
 
 CPU = torch.device("cpu")
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device = CPU, patience: float = float("inf")
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device = CPU,
+    patience: float = float("inf"),
+    least_ms: float = 0,
 ) -> dict[str, float]:
-    """Call the functions in turn, and give the median milliseconds of each after a round to warm up.
+    """Call the functions in turn, in the other direction every second round, and give each one's median milliseconds.
 
-    What took ``patience`` times as long as the fastest in that round is not called again: its one time is given.
+    Args:
+        functions: by name; each is called once before, to warm up.
+        rounds: how many times each is measured.
+        device: which is waited for.
+        patience: what took this many times as long as the fastest in the first round is not measured again.
+        least_ms: a function that takes less is called several times in a row, and the mean counts as one measurement.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, min(100, math.ceil(least_ms / max(_milliseconds(function, 1, device), 1e-3))))
+    for turn in range(rounds):
         fastest = min((taken[0] for taken in times.values() if turn), default=float("inf"))
-        for name, function in functions.items():
-            if turn and times[name][0] > patience * fastest:
-                continue
-            _finish(device)
-            start = time.perf_counter()
-            function()
-            _finish(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(taken[1:] or taken) for name, taken in times.items()}
+        for name in list(functions)[:: -1 if turn % 2 else 1]:
+            if not turn or times[name][0] <= patience * fastest:
+                times[name].append(_milliseconds(functions[name], calls[name], device))
+    return {name: round(statistics.median(taken), 4) for name, taken in times.items()}
 
 
-def _finish(device: torch.device) -> None:
+def _milliseconds(function: Callable[[], Any], calls: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_bytes(function: Callable[[], object], device: torch.device = CPU) -> int:
-    """Give the bytes that tensors made by a function take at once while it runs.
-
-    On a CPU, what an operation allocates inside (oneDNN's layouts, a chunk's kernels) is not seen.
-    """
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    tracker = MemTracker()
-    with tracker:
-        function()
-    return max((sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values()), default=0)
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def versions(device: torch.device = CPU) -> dict[str, str]:
     """Name the software, the device and the day."""
     return {
-        "torch": torch.__version__,
+        **packages(),
         "python": platform.python_version(),
         "device": device_name(device),
         "date": datetime.date.today().isoformat(),

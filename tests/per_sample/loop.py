@@ -17,10 +17,13 @@ def draw(
     groups: int = 1,
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> tuple[Tensor, ...]:
     """Draw input, routing, weight and bias: 4 -> 6 channels, 3 kernels."""
     shapes = [(batch, 4, *size), (batch, 3), (3, 6, 4 // groups, *kernel_size), (3, 6)]
-    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes[: 4 if bias else 3])
+    return tuple(
+        torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes[: 4 if bias else 3]
+    )
 
 
 def loop(

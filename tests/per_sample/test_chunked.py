@@ -71,7 +71,59 @@ class TestChunked:
     def test_is_a_well_formed_operation(self, kernel_size: Any) -> None:
         geometry = [1, 1, 0, 0, 1, 1, 1]
         tensors = draw(3, kernel_size=kernel_size, bias=False)
-        torch.library.opcheck(torch.ops.dyn_lightning.chunked.default, (*tensors, [*geometry, 2, 4]))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            input = tensors[0].detach().contiguous(memory_format=layout).requires_grad_()
+            operands = (input, *tensors[1:], [*geometry, 2, 4])
+            torch.library.opcheck(torch.ops.dyn_lightning.chunked.default, operands)
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+    def test_forward_mode_and_function_transforms(self) -> None:
+        input, routing, weight, _ = (tensor.detach() for tensor in draw(3))
+
+        def function(x: Tensor, method: str) -> Tensor:
+            return dynamic_conv2d(x, routing, weight, method=method, max_mixed_bytes=1)
+
+        tangent = torch.randn_like(input)
+        actual, expected = (
+            torch.func.jvp(lambda x, method=method: function(x, method), (input,), (tangent,))
+            for method in ("chunked", "grouped")
+        )
+        assert_close(actual, expected)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(input, tangent)
+            assert_close(torch.autograd.forward_ad.unpack_dual(function(dual, "chunked")).tangent, expected[1])
+        actual, expected = (
+            torch.func.grad(lambda x, method=method: function(x, method).square().sum())(input)
+            for method in ("chunked", "grouped")
+        )
+        assert_close(actual, expected)
+        traced = torch.jit.trace(lambda x: function(x, "chunked"), input)
+        assert_close(traced(tangent), function(tangent, "grouped"))
+
+    @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_every_method_compiles_to_one_graph(self, kernel_size: Any, method: str) -> None:
+        def step(*tensors: Tensor) -> Tensor:
+            return dynamic_conv2d(*tensors, padding="same", method=method)
+
+        torch.compiler.reset()
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch in (3, 5):
+            tensors = draw(batch, kernel_size=kernel_size)
+            assert_close(compiled(*tensors), step(*tensors))
+            gradients = [torch.autograd.grad(run(*tensors).square().sum(), tensors) for run in (compiled, step)]
+            assert_close(*gradients)
+
+    @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
+    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
+    def test_gradients_under_bfloat16_autocast(self, kernel_size: Any, method: str) -> None:
+        tensors = draw(5, kernel_size=kernel_size, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1)
+        cotangent = torch.randn_like(y)
+        expected = torch.autograd.grad(dynamic_conv2d(*tensors, method="grouped"), tensors, cotangent.float())
+        for actual, right in zip(torch.autograd.grad(y, tensors, cotangent), expected, strict=True):
+            assert_close(actual / right.abs().amax(), right / right.abs().amax(), torch.bfloat16)
 
     @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
     def test_channels_last_needs_no_other_layout(self, kernel_size: Any) -> None:
