@@ -61,6 +61,8 @@ def methods(
 ) -> dict[str, str]:
     """Name the method by which each layer computes its per-sample convolution (``dynamic_conv2d``), without computing.
 
+    The model runs on empty images in eval mode: branches that only training takes are left out.
+
     Args:
         model: any module; its mode is put back afterwards.
         input_shape: one image's ``(C, H, W)``.
@@ -85,13 +87,13 @@ def methods(
     def note(method: str) -> None:
         found.setdefault(running[-1], []).append(method)
 
-    functional.NOTES.append(note)
+    token = functional.NOTE.set(note)
     try:
         images = empty_images(model, batch_size, input_shape)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, evaluating(model), torch.set_grad_enabled(training):
             model(fake.from_tensor(images))
     finally:
-        functional.NOTES.remove(note)
+        functional.NOTE.reset(token)
         for hook in hooks:
             hook.remove()
     return {name: ", ".join(names) for name, names in found.items()}

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, m
 SAME_PADDED = "Conv2dSame"
 
 # Called with the name of each method that is taken (cost.methods).
-NOTES: list[Callable[[str], None]] = []
+NOTE: ContextVar[Callable[[str], None]] = ContextVar("NOTE", default=lambda method: None)
 
 
 def dynamic_conv2d(
@@ -77,12 +78,12 @@ def dynamic_conv2d(
         raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     case = case_of(input, weight, geometry, training, max_mixed_bytes)
-    if len(input) == 0 or method == "auto" or (method == "benchmark" and torch.compiler.is_compiling()):
+    if input.shape[0] == 0 or method == "auto" or (method == "benchmark" and torch.compiler.is_compiling()):
         method = remembered(choose, case)
     elif method == "benchmark":
         method = fastest(input, routing, weight, case)
-    for note in NOTES:
-        note(method)
+    if not torch.compiler.is_compiling():
+        NOTE.get()(method)
     output = run(method, input, routing, weight, case)
     if bias is not None:
         output = output + mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
@@ -148,7 +149,7 @@ def prepared(
     groups: int,
 ) -> tuple[Tensor, Tensor, Geometry]:
     """Bring a convolution to the least that is to be computed, with the padding in numbers."""
-    given = (_hashable(stride), _hashable(padding), _hashable(dilation))
+    given = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
     reduced = remembered(_reduced, input.shape, weight.shape, *given, groups)
     if reduced.zeros:
         input = F.pad(input, reduced.zeros)
@@ -169,15 +170,9 @@ class _Reduced(NamedTuple):
 
 
 def _reduced(
-    input: torch.Size,
-    weight: torch.Size,
-    stride: int | Pair,
-    padding: int | Pair | str,
-    dilation: int | Pair,
-    groups: int,
+    input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
 ) -> _Reduced:
-    steps, distances = as_steps("stride", stride), as_steps("dilation", dilation)
-    zeros, sides = _explicit_padding(input, as_padding(padding), (weight[3], weight[4]), steps, distances)
+    zeros, sides = _explicit_padding(input, padding, (weight[3], weight[4]), steps, distances)
     size, lengths, kept = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:]), {}
     padded = list(sides)
     for axis in (0, 1):
@@ -203,11 +198,14 @@ def _reduced(
 def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
     """Say all that the choice of a method depends on."""
     where = (input.element_size(), input.device.type, is_channels_last(input))
-    return Case(input.shape, weight.shape, geometry, *where, training, max_mixed_bytes)
+    return Case(_hints(input.shape), _hints(weight.shape), geometry, *where, training, max_mixed_bytes)
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _hints(shape: torch.Size) -> torch.Size:
+    """Give an export's open sizes the values of its example, since a choice by the open ones would fix them."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return shape
+    return torch.Size([size.node.hint if isinstance(size, torch.SymInt) else size for size in shape])
 
 
 _remembered = functools.lru_cache(maxsize=4096)(lambda function, *arguments: function(*arguments))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dyn_lightning.cost import methods
 from dyn_lightning.routing import named_routers, watch
 from tests.noise import fill_with_noise_
 from tests.tolerances import TOLERANCES, assert_close
@@ -335,6 +336,14 @@ class MixtureContract(LayerContract):
                 F.conv2d(image[None], kernel, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             )
         return torch.cat(outputs)
+
+    def test_method_and_bytes_reach_the_convolution(self) -> None:
+        speed = {"method": "mixture", "max_mixed_bytes": 7}
+        for layer in (self.make(**speed), self.layer.from_conv(self.static(), **self.options, **speed)):
+            assert list(methods(layer, (self.geometry["in_channels"], 7, 6)).values()) == ["mixture"]
+            assert layer.max_mixed_bytes == 7
+            layer.method = "auto"
+            assert list(methods(layer, (self.geometry["in_channels"], 7, 6)).values()) == ["chunked"]
 
     @pytest.mark.parametrize("index", range(3))
     def test_one_open_kernel_is_a_convolution(self, index: int) -> None:

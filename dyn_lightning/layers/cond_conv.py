@@ -56,6 +56,8 @@ class CondConv2d(nn.Module):
         torch.Size([2, 6, 7, 6])
     """
 
+    method, max_mixed_bytes = "auto", MAX_MIXED_BYTES  # of layers that were pickled before they had these
+
     def __init__(
         self,
         in_channels: int,
@@ -160,6 +162,8 @@ class CondLinear(nn.Module):
         >>> CondLinear(4, 6)(torch.randn(2, 4)).shape
         torch.Size([2, 6])
     """
+
+    method, max_mixed_bytes = "auto", MAX_MIXED_BYTES  # of layers that were pickled before they had these
 
     def __init__(
         self,

@@ -55,6 +55,8 @@ class DynamicConv2d(nn.Module):
         torch.Size([2, 6, 7, 6])
     """
 
+    method, max_mixed_bytes = "auto", MAX_MIXED_BYTES  # of layers that were pickled before they had these
+
     def __init__(
         self,
         in_channels: int,

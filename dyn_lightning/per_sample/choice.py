@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dyn_lightning.per_sample.chunked import chunked
 from dyn_lightning.per_sample.methods import (
@@ -23,6 +24,7 @@ from dyn_lightning.per_sample.methods import (
     multiplies,
     positions,
 )
+from dyn_lightning.per_sample.operation import is_transformed
 
 
 def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -94,7 +96,7 @@ class Case(NamedTuple):
     @property
     def mixed_weights(self) -> int:
         """Weights of the B mixed kernels."""
-        return self.input[0] * self.weight[1:].numel()
+        return self.input[0] * math.prod(self.weight[1:])
 
     @property
     def multiply_adds(self) -> int:
@@ -105,6 +107,17 @@ class Case(NamedTuple):
     def outputs(self) -> int:
         """Numbers that a static convolution gives."""
         return self.input[0] * self.weight[1] * self.positions
+
+    @property
+    def patches(self) -> int:
+        """Numbers of the unfolded input."""
+        return 0 if self.is_product else self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions
+
+    @property
+    def mixture_numbers(self) -> int:
+        """Numbers that the mixture holds: outputs of K kernels, and the input where it is unfolded."""
+        few = self.geometry.groups == 1 and self.positions <= FEW_POSITIONS
+        return max(self.weight[0] * self.outputs, self.patches if few else 0)
 
 
 class Costs(NamedTuple):
@@ -122,7 +135,7 @@ class Costs(NamedTuple):
         """Tell whether convolving with all K kernels costs less than mixing them first."""
         mixed_first = self.per_mixed_weight * case.mixed_weights + self.per_multiply_add * case.multiply_adds
         one = self.per_mixture_multiply_add * case.multiply_adds + self.per_output * case.outputs
-        return case.weight[0] * one + self.per_weight * case.weight.numel() < mixed_first
+        return case.weight[0] * one + self.per_weight * math.prod(case.weight) < mixed_first
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
@@ -149,7 +162,7 @@ def choose(case: Case) -> str:
         return "mixture"  # a convolution cannot have 0 groups
     first = mixed_first(case)
     # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
-    too_much = case.weight[0] * case.outputs * case.bytes_each > case.max_mixed_bytes
+    too_much = case.mixture_numbers * case.bytes_each > case.max_mixed_bytes
     if case.input[0] == 1 or case.is_depthwise or too_much:
         return first
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
@@ -164,7 +177,7 @@ def mixed_first(case: Case) -> str:
     if case.input[0] == 1:
         small = case.positions <= SMALL_MAP and (case.is_product or case.is_depthwise)
         return "matmul" if small else "grouped"
-    numbers = (case.input.numel(), case.outputs, case.mixed_weights)
+    numbers = (math.prod(case.input), case.outputs, case.mixed_weights)
     largest = kernels // 2 if case.is_product else max(numbers) * case.bytes_each
     if case.device == "cpu" and (largest > KEPT_BYTES or (case.is_depthwise and case.channels_last)):
         return "chunked"
@@ -187,13 +200,15 @@ MEASURED: dict[tuple[Any, ...], str] = {}
 def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
     """Time the methods that keep within ``max_mixed_bytes``, once a case, and remember the fastest.
 
-    DDP ranks may find different ones, of equal value.
+    DDP ranks may find different ones, of equal value. Inputs of many sizes are many cases.
     """
-    if isinstance(input, FakeTensor) or input.device.type == "meta":
+    if isinstance(input, FakeTensor) or input.device.type == "meta" or is_transformed():
         return choose(case)  # there is nothing to time
     key = (case, input.device, input.dtype, torch.get_num_threads())
     if key not in MEASURED:
-        with torch.inference_mode(False), torch.set_grad_enabled(case.training):
+        # Nothing around may see these runs: activation checkpoints, offloading, counters of operations.
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+        with torch.inference_mode(False), torch.set_grad_enabled(case.training), hooks, _disable_current_modes():
             tensors = [tensor.detach().clone().requires_grad_(case.training) for tensor in (input, routing, weight)]
             times = {method: _milliseconds(method, tensors, case) for method in methods_within(case)}
         MEASURED[key] = min(times, key=lambda name: times[name])
@@ -201,13 +216,14 @@ def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
 
 
 def methods_within(case: Case) -> list[str]:
-    """Name the methods whose mixed kernels, or outputs of K kernels, keep within ``max_mixed_bytes``."""
-    found = ["chunked"]
-    if case.mixed_weights * case.bytes_each <= case.max_mixed_bytes:
-        found += ["grouped", "matmul"]
-    if case.weight[0] * case.outputs * case.bytes_each <= case.max_mixed_bytes:
-        found += ["mixture"]
-    return [*found, "triton"] if case.device == "cuda" and has_triton() else found
+    """Name the methods whose mixed kernels, unfolded input or outputs of K kernels keep within ``max_mixed_bytes``."""
+    numbers = {
+        "grouped": case.mixed_weights,
+        "matmul": max(case.mixed_weights, case.patches),
+        "mixture": case.mixture_numbers,
+    }
+    found = [name for name, count in numbers.items() if count * case.bytes_each <= case.max_mixed_bytes]
+    return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]
 
 
 def _milliseconds(method: str, tensors: list[Tensor], case: Case) -> float:

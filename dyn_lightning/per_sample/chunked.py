@@ -45,14 +45,14 @@ def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, 
 
 def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> tuple[int, int]:
     """Give how many samples, and how many output channels, have their kernels mixed at a time."""
-    batch, out_channels = input.shape[0], weight.shape[1]
+    out_channels = weight.shape[1]
     rows, columns = positions(input.shape, weight.shape, geometry)
     channel = weight[0, 0].numel() * weight.element_size()
     maps = (input.shape[1:].numel() + out_channels * rows * columns) * input.element_size()
     channels = out_channels
     while geometry.groups == 1 and channels > LEAST_CHANNELS and WANTED_SAMPLES * channels * channel > limit:
         channels = -(-channels // 2)
-    return max(1, min(batch, limit // (channels * channel + maps))), channels
+    return max(1, limit // (channels * channel + maps)), channels
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, samples: int, channels: int) -> Tensor:
@@ -96,7 +96,7 @@ def _backward(
             _add_product(routing_grad[some], kernels_part.flatten(1), part.mT)
         if needed[2]:
             _add_product(weight_grad[:, columns], shares.mT, kernels_part.flatten(1))
-    gradients = (input_grad, routing_grad.to(routing.dtype), weight_grad.to(weight.dtype).view_as(weight))
+    gradients = (input_grad, routing_grad.to(routing.dtype), weight_grad.to(weight.dtype).view(weight.shape))
     return [gradient for gradient, need in zip(gradients, needed, strict=True) if need]
 
 

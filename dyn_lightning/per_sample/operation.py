@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyn_lightning.per_sample.methods import Geometry, Method, empty_output, positions
@@ -35,7 +36,9 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
         grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers, needed: list[bool]
     ) -> list[Tensor]:
         geometry, *settings = _unpacked(numbers)
-        return backward(grad, input, routing, weight, geometry, *settings, needed)
+        gradients = backward(grad, input, routing, weight, geometry, *settings, needed)
+        wanted = [tensor for tensor, need in zip((input, routing, weight), needed, strict=True) if need]
+        return [_laid_out_as(of, gradient) for of, gradient in zip(wanted, gradients, strict=True)]
 
     def fake(input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
         return empty_output(input, weight, _unpacked(numbers)[0])
@@ -50,13 +53,17 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
         ctx.numbers = inputs[3]
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needed = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():  # for second derivatives
-            wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-            output = plain(*tensors, _unpacked(ctx.numbers)[0])
-            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+        needed, again = list(ctx.needs_input_grad[:3]), torch.is_grad_enabled()
+        batched = not torch.compiler.is_compiling() and (is_transformed() or is_legacy_batchedtensor(grad))
+        if again or batched:  # second derivatives, or gradients of several cotangents at once
+            with torch.enable_grad():
+                # Views, since what is saved may depend on each other: routing on the input.
+                tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+                wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+                output = plain(*tensors, _unpacked(ctx.numbers)[0])
+                found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again))
         else:
-            found = iter(run_backward(grad, *tensors, ctx.numbers, needed))
+            found = iter(run_backward(grad, *ctx.saved_tensors, ctx.numbers, needed))
         return (*(next(found) if need else None for need in needed), None)
 
     def flops(input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
@@ -74,7 +81,7 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
     run.register_autograd(gradients, setup_context=save)
 
     def call(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, *settings: int) -> Tensor:
-        if not torch.compiler.is_compiling() and _is_transformed():
+        if not torch.compiler.is_compiling() and is_transformed():
             return plain(input, routing, weight, geometry)
         stride, padding, dilation, groups = geometry
         return run(input, routing, weight, [*stride, *padding, *dilation, groups, *settings])
@@ -82,12 +89,18 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
     return call
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Tell whether something runs that operations of one's own have no rule for, or would get wrong: forward-mode
     derivatives (a silent zero), ``torch.func``, ``torch.jit.trace``.
     """
     transforms = torch._C._are_functorch_transforms_active()
     return transforms or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def _laid_out_as(of: Tensor, gradient: Tensor) -> Tensor:
+    """Lay out a gradient as the compiler was told: as ``torch.empty_like`` lays out what it is the gradient of."""
+    expected = torch.empty_like(of)
+    return gradient if gradient.stride() == expected.stride() else expected.copy_(gradient)
 
 
 def _multiply_adds(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:

@@ -1,3 +1,4 @@
+import copy
 import itertools
 from typing import Any
 
@@ -5,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d, prepared
+from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import choice
 from tests.per_sample.loop import assert_equals_the_loop, draw
 from tests.tolerances import assert_close
@@ -87,6 +91,22 @@ class TestMemory:
         assert self.step(max_mixed_bytes=limit) < limit + 2 * 4 * 64 * 576 * 4  # and what is added to the gradient
 
 
+@pytest.mark.parametrize("size", [(9, 8), (40, 41)])
+def test_a_layer_is_exported_for_any_batch(size: tuple[int, int]) -> None:
+    layer = DynamicConv2d(16, 16, 3, padding=1).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=1024)},)
+    exported = torch.export.export(layer, (torch.randn(3, 16, *size),), dynamic_shapes=dynamic, strict=False)
+    x = torch.randn(7, 16, *size)
+    assert_close(exported.module()(x), layer(x))
+
+
+def test_a_layer_that_was_pickled_without_a_method() -> None:
+    layer = DynamicConv2d(4, 6, 3)
+    for name in ("method", "max_mixed_bytes"):
+        del layer.__dict__[name]
+    assert copy.deepcopy(layer)(torch.randn(2, 4, 7, 6)).shape == (2, 6, 5, 4)
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 def test_a_meta_tensor_has_a_shape(batch: int) -> None:
     x, routing, weight = (torch.empty(s, device="meta") for s in ((batch, 4, 7, 6), (batch, 3), (3, 6, 4, 3, 3)))
@@ -154,6 +174,33 @@ class TestBenchmark:
         dynamic_conv2d(*draw(), method="benchmark", max_mixed_bytes=1)
         assert list(choice.MEASURED.values()) == ["chunked"]
 
+    def test_what_is_around_does_not_see_it(self) -> None:
+        tensors = draw()
+        packed: list[Tensor] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t),
+            FlopCounterMode(display=False) as counter,
+        ):
+            y = dynamic_conv2d(*tensors, method="benchmark")
+            count, flops = len(packed), counter.get_total_flops()
+            dynamic_conv2d(*tensors, method="benchmark")
+        assert (len(packed), counter.get_total_flops()) == (2 * count, 2 * flops)
+        choice.MEASURED.clear()
+        again = checkpoint(lambda *t: dynamic_conv2d(*t, method="benchmark"), *tensors, use_reentrant=False)
+        assert_close(torch.autograd.grad(again.sum(), tensors), torch.autograd.grad(y.sum(), tensors))
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
+    def test_under_a_function_transform_there_is_nothing_to_time(self) -> None:
+        input, routing, weight, _ = (tensor.detach() for tensor in draw())
+        torch.func.jvp(lambda x: dynamic_conv2d(x, routing, weight, method="benchmark"), (input,), (input,))
+        assert not choice.MEASURED
+
+    def test_unfolded_inputs_count(self) -> None:
+        dynamic_conv2d(*draw(8, (28, 28)), method="benchmark", max_mixed_bytes=20_000)
+        assert not {"matmul", "mixture"} & set(choice.MEASURED.values())
+        ((case, *_),) = choice.MEASURED
+        assert choice.methods_within(case) == ["grouped", "chunked"]
+
     def test_inference_mode(self) -> None:
         tensors = draw()
         with torch.inference_mode():
@@ -176,6 +223,8 @@ class TestErrors:
             ((4, 7, 6), (3, 6, 4, 3, 3), {}, r"input of shape \(4, 7, 6\) must be \(B, C_in, H, W\)"),
             ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"max_mixed_bytes": 0}, "max_mixed_bytes=0 must be at least 1"),
             ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"groups": 1.0}, "groups=1.0 must be a whole number"),
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"stride": 1.0}, "stride=1.0 must be a whole number"),
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"padding": {0: 1}}, "padding={0: 1} must be a whole number"),
             (
                 (2, 4, 7, 2),
                 (3, 6, 4, 3, 3),
@@ -188,6 +237,8 @@ class TestErrors:
         self, input: Any, weight: Any, options: dict[str, Any], message: str
     ) -> None:
         x, kernels = torch.empty(input), torch.empty(weight)
+        if len(input) == 4:
+            choose_method(torch.empty(2, 4, 7, 6), kernels)  # what is remembered must not hide an error
         with pytest.raises(ValueError, match=message):
             choose_method(x, kernels, **options)
         with pytest.raises(ValueError, match=message):

