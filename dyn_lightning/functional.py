@@ -1,17 +1,17 @@
 """What the layers share: the per-sample convolution, and nn.Conv2d's bookkeeping."""
 
-import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, Case, choose, fastest, run
-from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, mix_kernels, output_length
+from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, case_of, choose, fastest, run
+from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
+from dyn_lightning.per_sample.reduction import padding_in_numbers, reduced
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
 # a stride.
@@ -79,7 +79,7 @@ def dynamic_conv2d(
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     case = case_of(input, weight, geometry, training, max_mixed_bytes)
     if input.shape[0] == 0 or method == "auto" or (method == "benchmark" and torch.compiler.is_compiling()):
-        method = remembered(choose, case)
+        method = choose(case)
     elif method == "benchmark":
         method = fastest(input, routing, weight, case)
     if not torch.compiler.is_compiling():
@@ -148,72 +148,9 @@ def prepared(
     dilation: int | Pair,
     groups: int,
 ) -> tuple[Tensor, Tensor, Geometry]:
-    """Bring a convolution to the least that is to be computed, with the padding in numbers."""
-    given = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
-    reduced = remembered(_reduced, input.shape, weight.shape, *given, groups)
-    if reduced.zeros:
-        input = F.pad(input, reduced.zeros)
-    if reduced.step != (1, 1):
-        input = input[:, :, :: reduced.step[0], :: reduced.step[1]]
-    for axis, (first, last) in reduced.kept.items():
-        weight = weight.narrow(axis, first, last - first + 1)
-    return input, weight, reduced.geometry
-
-
-class _Reduced(NamedTuple):
-    """How a convolution is brought to the least that is to be computed."""
-
-    zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
-    step: Pair  # of the pixels that 1x1 kernels see
-    kept: dict[int, Pair]  # by axis of the weight, the first and last index that sees more than padding
-    geometry: Geometry
-
-
-def _reduced(
-    input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
-) -> _Reduced:
-    zeros, sides = _explicit_padding(input, padding, (weight[3], weight[4]), steps, distances)
-    size, lengths, kept = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:]), {}
-    padded = list(sides)
-    for axis in (0, 1):
-        # Of 3x3 kernels on one pixel, the middle is left. One sample gains nothing by it: all K kernels are read.
-        count = output_length(size[axis], lengths[axis], steps[axis], padded[axis], distances[axis])
-        if count < 1:
-            raise ValueError(
-                f"input of {size[axis]} {('rows', 'columns')[axis]}, padded by {padded[axis]} on both sides, must not "
-                f"be smaller than the kernel of {lengths[axis]}, dilated by {distances[axis]}: add padding"
-            )
-        first = max(0, -(-(padded[axis] - (count - 1) * steps[axis]) // distances[axis]))
-        last = min(lengths[axis] - 1, (size[axis] - 1 + padded[axis]) // distances[axis])
-        length, left = last - first + 1, padded[axis] - first * distances[axis]
-        # Nothing is cut off where the padding would have to differ between the sides.
-        even = left >= 0 and output_length(size[axis], length, steps[axis], left, distances[axis]) == count
-        if input[0] > 1 and 0 < length < lengths[axis] and even:
-            kept[3 + axis], lengths[axis], padded[axis] = (first, last), length, left
-    step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
-    steps = (1, 1) if step == steps else steps
-    return _Reduced(zeros, step, kept, Geometry(steps, (padded[0], padded[1]), distances, groups))
-
-
-def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
-    """Say all that the choice of a method depends on."""
-    where = (input.element_size(), input.device.type, is_channels_last(input))
-    return Case(_hints(input.shape), _hints(weight.shape), geometry, *where, training, max_mixed_bytes)
-
-
-def _hints(shape: torch.Size) -> torch.Size:
-    """Give an export's open sizes the values of its example, since a choice by the open ones would fix them."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
-        return shape
-    return torch.Size([size.node.hint if isinstance(size, torch.SymInt) else size for size in shape])
-
-
-_remembered = functools.lru_cache(maxsize=4096)(lambda function, *arguments: function(*arguments))
-
-
-def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of hashable arguments, or give what it gave before; a compiler always calls it."""
-    return function(*arguments) if torch.compiler.is_compiling() else _remembered(function, *arguments)
+    """Check a convolution's numbers, and bring it to the least that is to be computed."""
+    numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
+    return reduced(input, weight, *numbers, groups)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -481,19 +418,5 @@ def explicit_padding(
     Returns:
         The input, padded where the sides differ, and the rows and columns of zeros to be added on both sides.
     """
-    zeros, sides = _explicit_padding(input.shape, padding, kernel_size, stride, dilation)
+    zeros, sides = padding_in_numbers(input.shape, padding, kernel_size, stride, dilation)
     return F.pad(input, zeros) if zeros else input, sides
-
-
-def _explicit_padding(
-    input: torch.Size, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
-) -> tuple[tuple[int, ...], Pair]:
-    if not isinstance(padding, str):
-        return (), padding
-    if padding == "valid":
-        return (), (0, 0)
-    rows, columns = (
-        max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
-        for size, length, step, distance in zip(input[2:], kernel_size, stride, dilation, strict=True)
-    )
-    return (0, columns % 2, 0, rows % 2) if rows % 2 or columns % 2 else (), (rows // 2, columns // 2)

@@ -18,11 +18,13 @@ from dyn_lightning.per_sample.methods import (
     Geometry,
     Method,
     grouped,
+    is_channels_last,
     is_depthwise,
     matmul,
     mixture,
     multiplies,
     positions,
+    remembered,
 )
 from dyn_lightning.per_sample.operation import is_transformed
 
@@ -120,6 +122,19 @@ class Case(NamedTuple):
         return max(self.weight[0] * self.outputs, self.patches if few else 0)
 
 
+def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
+    """Say all that the choice of a method depends on."""
+    where = (input.element_size(), input.device.type, is_channels_last(input))
+    return Case(_hints(input.shape), _hints(weight.shape), geometry, *where, training, max_mixed_bytes)
+
+
+def _hints(shape: torch.Size) -> torch.Size:
+    """Give an export's open sizes the values of its example, since a choice by the open ones would fix them."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return shape
+    return torch.Size([size.node.hint if isinstance(size, torch.SymInt) else size for size in shape])
+
+
 class Costs(NamedTuple):
     """Picoseconds. Where kernels are mixed first: per weight of the B mixed kernels, and per multiply-add. Where all K
     kernels convolve: per multiply-add, per weight of the K kernels, and per number that they give.
@@ -156,6 +171,7 @@ CUDA_COSTS = {
 }
 
 
+@remembered
 def choose(case: Case) -> str:
     """Name the method with the least cost, from shapes, type and kind of device alone: all DDP ranks take the same."""
     if case.input[0] == 0:

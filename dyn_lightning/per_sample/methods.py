@@ -5,9 +5,10 @@ Axis letters: b sample, k kernel, g group, o output channel, i input channel of 
 y x output rows and columns, p position (y and x as one axis).
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,20 @@ Pair = tuple[int, int]
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
 FEW_POSITIONS = 4
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def remembered(function: Function) -> Function:
+    """Let a function of hashable arguments give again what it gave before; a compiler always calls it."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments) if torch.compiler.is_compiling() else cached(*arguments)
+
+    return cast(Function, call)
 
 
 class Geometry(NamedTuple):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from dyn_lightning.functional import case_of, prepared
-from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Case, Costs, mixed_first
+from dyn_lightning.functional import prepared
+from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Case, Costs, case_of, mixed_first
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
 

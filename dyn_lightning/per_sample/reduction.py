@@ -1,0 +1,82 @@
+"""What a convolution computes that cannot be seen in its output, and how to leave it out."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyn_lightning.per_sample.methods import Geometry, Pair, output_length, remembered
+
+
+def reduced(
+    input: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> tuple[Tensor, Tensor, Geometry]:
+    """Leave out of kernels what only ever sees padding, and of the input the pixels that strided 1x1 kernels skip.
+
+    Returns:
+        Input and weight, and the geometry that is left, with the padding in numbers.
+
+    Raises:
+        ValueError: the kernel is larger than the padded input.
+    """
+    plan = _plan(input.shape, weight.shape, stride, padding, dilation, groups)
+    if plan.zeros:
+        input = F.pad(input, plan.zeros)
+    if plan.step != (1, 1):
+        input = input[:, :, :: plan.step[0], :: plan.step[1]]
+    for axis, (first, last) in plan.kept.items():
+        weight = weight.narrow(axis, first, last - first + 1)
+    return input, weight, plan.geometry
+
+
+class _Plan(NamedTuple):
+    """How a convolution is brought to the least that is to be computed."""
+
+    zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
+    step: Pair  # of the pixels that 1x1 kernels see
+    kept: dict[int, Pair]  # by axis of the weight, the first and last index that sees more than padding
+    geometry: Geometry
+
+
+@remembered
+def _plan(
+    input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
+) -> _Plan:
+    zeros, sides = padding_in_numbers(input, padding, (weight[3], weight[4]), steps, distances)
+    size, lengths, kept = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:]), {}
+    padded = list(sides)
+    for axis in (0, 1):
+        # Of 3x3 kernels on one pixel, the middle is left. One sample gains nothing by it: all K kernels are read.
+        count = output_length(size[axis], lengths[axis], steps[axis], padded[axis], distances[axis])
+        if count < 1:
+            raise ValueError(
+                f"input of {size[axis]} {('rows', 'columns')[axis]}, padded by {padded[axis]} on both sides, must not "
+                f"be smaller than the kernel of {lengths[axis]}, dilated by {distances[axis]}: add padding"
+            )
+        first = max(0, -(-(padded[axis] - (count - 1) * steps[axis]) // distances[axis]))
+        last = min(lengths[axis] - 1, (size[axis] - 1 + padded[axis]) // distances[axis])
+        length, left = last - first + 1, padded[axis] - first * distances[axis]
+        # Nothing is cut off where the padding would have to differ between the sides.
+        even = left >= 0 and output_length(size[axis], length, steps[axis], left, distances[axis]) == count
+        if input[0] > 1 and 0 < length < lengths[axis] and even:
+            kept[3 + axis], lengths[axis], padded[axis] = (first, last), length, left
+    step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
+    steps = (1, 1) if step == steps else steps
+    return _Plan(zeros, step, kept, Geometry(steps, (padded[0], padded[1]), distances, groups))
+
+
+def padding_in_numbers(
+    input: torch.Size, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
+) -> tuple[tuple[int, ...], Pair]:
+    """Turn "same" and "valid" into numbers: what one side has more of, for ``F.pad``, and what both sides have."""
+    if not isinstance(padding, str):
+        return (), padding
+    if padding == "valid":
+        return (), (0, 0)
+    rows, columns = (
+        max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
+        for size, length, step, distance in zip(input[2:], kernel_size, stride, dilation, strict=True)
+    )
+    return (0, columns % 2, 0, rows % 2) if rows % 2 or columns % 2 else (), (rows // 2, columns // 2)
