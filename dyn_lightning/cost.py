@@ -139,8 +139,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device | None = Non
             operations too (not what a library such as oneDNN takes for itself).
 
     Example:
-        >>> peak_bytes(lambda: torch.zeros(1000) + 1)
-        8000
+        >>> peak_bytes(lambda: torch.ones(1000) @ torch.ones(1000, 2000))
+        8012000
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
