@@ -20,7 +20,6 @@ from dyn_lightning.per_sample.methods import (
     is_channels_last,
     is_depthwise,
     multiplies,
-    multiply_each,
     positions,
 )
 from dyn_lightning.per_sample.operation import operation
@@ -49,6 +48,8 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
     rows, columns = positions(input.shape, weight.shape, geometry)
     channel = weight[0, 0].numel() * weight.element_size()
     maps = (input.shape[1:].numel() + out_channels * rows * columns) * input.element_size()
+    if multiplies(weight.shape, geometry):
+        maps = 0  # a product reads and writes them where they are
     channels = out_channels
     while geometry.groups == 1 and channels > LEAST_CHANNELS and WANTED_SAMPLES * channels * channel > limit:
         channels = -(-channels // 2)
@@ -56,14 +57,14 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, samples: int, channels: int) -> Tensor:
-    each = multiply_each if multiplies(weight.shape, geometry) else convolve_each
+    each = _multiply_each if multiplies(weight.shape, geometry) else _convolve_each
     if one_by_one(input, weight, geometry):
         each = _convolve_one_by_one
     flat = weight.flatten(1)
     output = empty_output(input, weight, geometry)
     for some, these, columns in _chunks(input, weight, samples, channels):
         kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
-        output[some, these] = each(input[some], kernels, geometry)
+        each(input[some], kernels, geometry, output[some, these])
     return output
 
 
@@ -89,9 +90,8 @@ def _backward(
         shares, part = routing[some], flat[:, columns]
         kernels = (shares @ part).view(-1, *weight[0, these].shape)
         mask = (needed[0], needed[1] or needed[2])
-        input_part, kernels_part = each(grad[some, these], input[some], kernels, geometry, mask)
-        if needed[0]:
-            input_grad[some] = input_part if these.start == 0 else input_grad[some].add_(input_part)
+        places = (grad[some, these], input[some], kernels, geometry, mask, input_grad[some], these.start > 0)
+        kernels_part = each(*places)
         if needed[1]:
             _add_product(routing_grad[some], kernels_part.flatten(1), part.mT)
         if needed[2]:
@@ -116,38 +116,71 @@ def one_by_one(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return is_depthwise(weight.shape, geometry) and is_channels_last(input)
 
 
-def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    pairs = zip(input.split(1), kernels, strict=True)
-    return torch.cat([F.conv2d(image, kernel, None, *geometry) for image, kernel in pairs])
+def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
+    torch.bmm(kernels.flatten(2), input.flatten(2), out=output.flatten(2))
 
 
-def _convolve_one_by_one_backward(
-    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
-) -> tuple[Any, Any]:
-    grads = [
-        _convolve_each_backward(*parts, geometry, mask)
-        for parts in zip(grad.split(1), input.split(1), kernels.split(1), strict=True)
-    ]
-    input_grads, kernels_grads = zip(*grads, strict=True)
-    return mask[0] and torch.cat(input_grads), mask[1] and torch.cat(kernels_grads)
+def _convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
+    output.copy_(convolve_each(input, kernels, geometry))
 
 
-def _convolve_each_backward(
-    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
-) -> tuple[Any, Any]:
-    stride, padding, dilation, groups = geometry
-    folded = (grad, input) if len(input) == 1 else (t.reshape(1, -1, *t.shape[2:]) for t in (grad, input))
-    settings = (None, stride, padding, dilation, False, (0, 0), len(input) * groups, (*mask, False))
-    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(*folded, kernels.flatten(0, 1), *settings)
-    return mask[0] and input_grad.view(input.shape), mask[1] and kernels_grad.view(kernels.shape)
+def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
+    for image, kernel, place in zip(input.split(1), kernels, output.split(1), strict=True):
+        place.copy_(F.conv2d(image, kernel, None, *geometry))
+
+
+# Each gives the kernels' gradients, and writes or adds the input's.
 
 
 def _multiply_each_backward(
-    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, mask: tuple[bool, bool]
-) -> tuple[Any, Any]:
-    grads, pixels, matrices = grad.flatten(2), input.flatten(2), kernels.flatten(2)
-    input_grad = mask[0] and (matrices.mT @ grads).view(input.shape)
-    return input_grad, mask[1] and (grads @ pixels.mT).view(kernels.shape)
+    grad: Tensor,
+    input: Tensor,
+    kernels: Tensor,
+    geometry: Geometry,
+    mask: tuple[bool, bool],
+    input_grad: Tensor,
+    add: bool,
+) -> Any:
+    grads, matrices, total = grad.flatten(2), kernels.flatten(2), input_grad.flatten(2)
+    if mask[0] and add:
+        total.baddbmm_(matrices.mT, grads)
+    elif mask[0]:
+        torch.bmm(matrices.mT, grads, out=total)
+    return mask[1] and (grads @ input.flatten(2).mT).view(kernels.shape)
+
+
+def _convolve_each_backward(
+    grad: Tensor,
+    input: Tensor,
+    kernels: Tensor,
+    geometry: Geometry,
+    mask: tuple[bool, bool],
+    input_grad: Tensor,
+    add: bool,
+) -> Any:
+    stride, padding, dilation, groups = geometry
+    folded = (grad, input) if len(input) == 1 else (t.reshape(1, -1, *t.shape[2:]) for t in (grad, input))
+    settings = (None, stride, padding, dilation, False, (0, 0), len(input) * groups, (*mask, False))
+    part, kernels_grad, _ = torch.ops.aten.convolution_backward(*folded, kernels.flatten(0, 1), *settings)
+    if mask[0] and add:
+        input_grad += part.view(input.shape)
+    elif mask[0]:
+        input_grad.copy_(part.view(input.shape))
+    return mask[1] and kernels_grad.view(kernels.shape)
+
+
+def _convolve_one_by_one_backward(
+    grad: Tensor,
+    input: Tensor,
+    kernels: Tensor,
+    geometry: Geometry,
+    mask: tuple[bool, bool],
+    input_grad: Tensor,
+    add: bool,
+) -> Any:
+    singly = zip(*(tensor.split(1) for tensor in (grad, input, kernels, input_grad)), strict=True)
+    grads = [_convolve_each_backward(g, x, kernel, geometry, mask, place, add) for g, x, kernel, place in singly]
+    return mask[1] and torch.cat(grads)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
