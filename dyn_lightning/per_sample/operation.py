@@ -66,16 +66,8 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
             found = iter(run_backward(grad, *ctx.saved_tensors, ctx.numbers, needed))
         return (*(next(found) if need else None for need in needed), None)
 
-    def flops(input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
-        mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
-        return 2 * (mixing + products)
-
-    def backward_flops(grad: Any, input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
-        mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
-        return 2 * (3 * mixing + 2 * products)  # mixed again; the routing weights' and the kernels' gradients
-
-    register_flop_formula(getattr(torch.ops.dyn_lightning, name))(flops)
-    register_flop_formula(getattr(torch.ops.dyn_lightning, f"{name}_backward"))(backward_flops)
+    register_flop_formula(getattr(torch.ops.dyn_lightning, name))(_flops)
+    register_flop_formula(getattr(torch.ops.dyn_lightning, f"{name}_backward"))(_backward_flops)
     run.register_fake(fake)
     run_backward.register_fake(fake_backward)
     run.register_autograd(gradients, setup_context=save)
@@ -101,6 +93,16 @@ def _laid_out_as(of: Tensor, gradient: Tensor) -> Tensor:
     """Lay out a gradient as the compiler was told: as ``torch.empty_like`` lays out what it is the gradient of."""
     expected = torch.empty_like(of)
     return gradient if gradient.stride() == expected.stride() else expected.copy_(gradient)
+
+
+def _flops(input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
+    mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
+    return 2 * (mixing + products)
+
+
+def _backward_flops(grad: Any, input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
+    mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
+    return 2 * (3 * mixing + 2 * products)  # mixed again; the routing weights' and the kernels' gradients
 
 
 def _multiply_adds(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:
