@@ -154,7 +154,7 @@ class Costs(NamedTuple):
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
-# Fitted by `experiments.benchmarks.fit_costs` to a run on two x86-64 cores, K = 4, before the last changes of `chunked`.
+# Fitted by `experiments.benchmarks.fit_costs` to a run on two x86-64 cores, K = 4, before `chunked` last changed.
 CPU_COSTS = {
     (True, True): Costs(3660, 64, 44, 2670, 4970),
     (True, False): Costs(1500, 19, 16, 1180, 1970),
