@@ -96,9 +96,16 @@ class Conversion:
 
 @dataclass
 class ConversionReport:
-    """What ``convert`` did, a row a convolution; ``print`` shows it as a table."""
+    """What ``convert`` did, a row a convolution; ``print`` shows it as a table.
+
+    Attributes:
+        rows: what became of each convolution.
+        methods: by a layer's name, how it computes its per-sample convolution; another column once it is filled, as by
+            ``report.methods = cost.methods(model, (3, 224, 224))``.
+    """
 
     rows: list[Conversion] = field(default_factory=list)
+    methods: dict[str, str] = field(default_factory=dict)
 
     @property
     def replaced(self) -> list[str]:
@@ -119,11 +126,12 @@ class ConversionReport:
         )
 
     def __str__(self) -> str:
-        table = [("name", "before", "after", "parameters")]
+        table = [("name", "before", "after", "parameters", "method" if self.methods else "")]
         for row in self.rows:
             after = (row.reason and f"left: {row.reason}") or row.after
-            table.append((row.name, row.before, after, f"{row.parameters_before:,} -> {row.parameters_after:,}"))
-        widths = [max(len(line[column]) for line in table) for column in range(4)]
+            counts = f"{row.parameters_before:,} -> {row.parameters_after:,}"
+            table.append((row.name, row.before, after, counts, self.methods.get(row.name, "")))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         return "\n".join([*(line.rstrip() for line in lines), self.summary()])
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, case_of, choose, fastest, run
-from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
+from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels, remembered
 from dyn_lightning.per_sample.reduction import padding_in_numbers, reduced
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
@@ -149,8 +149,12 @@ def prepared(
     groups: int,
 ) -> tuple[Tensor, Tensor, Geometry]:
     """Check a convolution's numbers, and bring it to the least that is to be computed."""
-    numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
-    return reduced(input, weight, *numbers, groups)
+    return reduced(input, weight, *_as_numbers(stride, padding, dilation), groups)
+
+
+@remembered
+def _as_numbers(stride: int | Pair, padding: int | Pair | str, dilation: int | Pair) -> tuple[Pair, Pair | str, Pair]:
+    return as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -489,6 +489,16 @@ class TestReport:
             "1 of 3 convolutions replaced; parameters in convolutions 316 -> 559",
         ]
 
+    def test_methods_are_a_column_on_request(self) -> None:
+        model = small()
+        report = convert(model, "condconv", exclude="4", num_experts=3)
+        report.methods = {"2": "grouped"}
+        assert str(report).splitlines()[:3] == [
+            "name  before                         after                              parameters  method",
+            "0     Conv2d(3, 4, k=3x3)            left: the first convolution        112 -> 112",
+            "2     Conv2d(4, 6, k=3x3, s=2, g=2)  CondConv2d(4, 6, k=3x3, s=2, g=2)  114 -> 357  grouped",
+        ]
+
     def test_a_layer_of_unknown_shape_goes_by_its_class(self) -> None:
         report = convert(small(), Holding)
         assert report.rows[1].after == "Holding"

@@ -62,9 +62,9 @@ MAX_MIXED_BYTES = 256 << 20
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
-# page, each time. Convolutions gain from chunks where they have one; matrix products, where the kernels are twice that.
+# page, each time.
 KEPT_BYTES = 32 << 20
-# Of one sample, positions of an output up to which a product takes less time than to begin a convolution.
+# Positions of one sample's output up to which a product takes less time than to begin a convolution.
 SMALL_MAP = 16
 
 
@@ -156,10 +156,10 @@ class Costs(NamedTuple):
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
 # Fitted by `experiments.benchmarks.fit_costs` to a run on two x86-64 cores, K = 4, before `chunked` last changed.
 CPU_COSTS = {
-    (True, True): Costs(3660, 64, 44, 2670, 4970),
-    (True, False): Costs(1500, 19, 16, 1180, 1970),
-    (False, True): Costs(5140, 47, 33, 4810, 8870),
-    (False, False): Costs(1460, 14, 8.4, 1980, 2830),
+    (True, True): Costs(3230, 57, 41, 1830, 4490),
+    (True, False): Costs(1030, 17, 15, 710, 1400),
+    (False, True): Costs(5690, 41, 30, 7100, 9460),
+    (False, False): Costs(1100, 13, 8.2, 1610, 3390),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
@@ -191,13 +191,18 @@ def mixed_first(case: Case) -> str:
     if kernels > case.max_mixed_bytes:
         return "chunked"
     if case.input[0] == 1:
-        small = case.positions <= SMALL_MAP and (case.is_product or case.is_depthwise)
-        return "matmul" if small else "grouped"
-    numbers = (math.prod(case.input), case.outputs, case.mixed_weights)
-    largest = kernels // 2 if case.is_product else max(numbers) * case.bytes_each
-    if case.device == "cpu" and (largest > KEPT_BYTES or (case.is_depthwise and case.channels_last)):
+        return "matmul" if case.is_product or case.positions <= SMALL_MAP else "grouped"
+    first, maps = math.prod(case.input), case.outputs
+    # What is made anew at once: kernels and their gradients or copies; in training, maps and their gradients.
+    largest = (
+        2 * case.mixed_weights
+        if case.is_product
+        else max(first + maps if case.training else max(first, maps), case.mixed_weights)
+    )
+    if case.device == "cpu" and (largest * case.bytes_each > KEPT_BYTES or (case.is_depthwise and case.channels_last)):
         return "chunked"
-    return "matmul" if case.is_product or (case.is_depthwise and case.positions <= FEW_POSITIONS) else "grouped"
+    one_weight = math.prod(case.weight[2:]) == 1 and case.positions <= FEW_POSITIONS  # what is left of depthwise ones
+    return "matmul" if case.is_product or one_weight else "grouped"
 
 
 def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> Tensor:

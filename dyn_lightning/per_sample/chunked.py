@@ -5,8 +5,8 @@ samples and of output channels has its kernels mixed, used and forgotten; the ba
 costs K multiply-adds a weight and saves reading it from memory.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +57,12 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, samples: int, channels: int) -> Tensor:
-    each = _multiply_each if multiplies(weight.shape, geometry) else _convolve_each
-    if one_by_one(input, weight, geometry):
-        each = _convolve_one_by_one
+    convolve, _ = _passes(input, weight, geometry)
     flat = weight.flatten(1)
     output = empty_output(input, weight, geometry)
     for some, these, columns in _chunks(input, weight, samples, channels):
         kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
-        each(input[some], kernels, geometry, output[some, these])
+        convolve(input[some], kernels, geometry, output[some, these])
     return output
 
 
@@ -78,26 +76,48 @@ def _backward(
     channels: int,
     needed: list[bool],
 ) -> list[Tensor]:
-    each = _multiply_each_backward if multiplies(weight.shape, geometry) else _convolve_each_backward
-    if one_by_one(input, weight, geometry):
-        each = _convolve_one_by_one_backward
+    _, differentiate = _passes(input, weight, geometry)
     flat = weight.flatten(1)
     wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits would lose what is added last
     input_grad = torch.empty_like(input)
     routing_grad = torch.zeros_like(routing, dtype=wide)
     weight_grad = torch.zeros_like(flat, dtype=wide) if needed[2] else flat
+    mask = (needed[0], needed[1] or needed[2])
     for some, these, columns in _chunks(input, weight, samples, channels):
         shares, part = routing[some], flat[:, columns]
         kernels = (shares @ part).view(-1, *weight[0, these].shape)
-        mask = (needed[0], needed[1] or needed[2])
-        places = (grad[some, these], input[some], kernels, geometry, mask, input_grad[some], these.start > 0)
-        kernels_part = each(*places)
+        chunk = _Chunk(grad[some, these], input[some], kernels, input_grad[some])
+        kernels_grad = differentiate(chunk, geometry, mask, these.start > 0)
         if needed[1]:
-            _add_product(routing_grad[some], kernels_part.flatten(1), part.mT)
+            _add_product(routing_grad[some], kernels_grad.flatten(1), part.mT)
         if needed[2]:
-            _add_product(weight_grad[:, columns], shares.mT, kernels_part.flatten(1))
+            _add_product(weight_grad[:, columns], shares.mT, kernels_grad.flatten(1))
     gradients = (input_grad, routing_grad.to(routing.dtype), weight_grad.to(weight.dtype).view(weight.shape))
     return [gradient for gradient, need in zip(gradients, needed, strict=True) if need]
+
+
+class _Chunk(NamedTuple):
+    """What the backward pass of some samples and output channels takes, and where it puts the input's gradient."""
+
+    grad: Tensor
+    input: Tensor
+    kernels: Tensor
+    input_grad: Tensor
+
+
+def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Give what computes a chunk, forward into a part of the output, and backward.
+
+    The latter takes which gradients are needed, of the input and of the mixed kernels, and whether the input's is to be
+    added to what is there; it gives the kernels' gradient.
+    """
+    if multiplies(weight.shape, geometry):
+        return _multiply_each, _multiply_each_backward
+    # A depthwise convolution is fast in channels_last, which the samples as groups cannot keep, since their channels
+    # would have to lie one after the other.
+    if is_depthwise(weight.shape, geometry) and is_channels_last(input):
+        return _convolve_one_by_one, _convolve_one_by_one_backward
+    return _convolve_each, _convolve_each_backward
 
 
 def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -107,13 +127,6 @@ def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Itera
         last = min(first + channels, out_channels)
         for sample in range(0, input.shape[0], samples):
             yield slice(sample, sample + samples), slice(first, last), slice(first * length, last * length)
-
-
-def one_by_one(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Tell whether samples are convolved one by one: a depthwise convolution is fast in channels_last, which the
-    samples as groups cannot keep, since their channels would have to lie one after the other.
-    """
-    return is_depthwise(weight.shape, geometry) and is_channels_last(input)
 
 
 def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
@@ -129,58 +142,36 @@ def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, out
         place.copy_(F.conv2d(image, kernel, None, *geometry))
 
 
-# Each gives the kernels' gradients, and writes or adds the input's.
-
-
-def _multiply_each_backward(
-    grad: Tensor,
-    input: Tensor,
-    kernels: Tensor,
-    geometry: Geometry,
-    mask: tuple[bool, bool],
-    input_grad: Tensor,
-    add: bool,
-) -> Any:
-    grads, matrices, total = grad.flatten(2), kernels.flatten(2), input_grad.flatten(2)
+def _multiply_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
+    grad, input, matrices, total = (tensor.flatten(2) for tensor in chunk)
     if mask[0] and add:
-        total.baddbmm_(matrices.mT, grads)
+        total.baddbmm_(matrices.mT, grad)
     elif mask[0]:
-        torch.bmm(matrices.mT, grads, out=total)
-    return mask[1] and (grads @ input.flatten(2).mT).view(kernels.shape)
+        torch.bmm(matrices.mT, grad, out=total)
+    return (grad @ input.mT).view(chunk.kernels.shape) if mask[1] else None
 
 
-def _convolve_each_backward(
-    grad: Tensor,
-    input: Tensor,
-    kernels: Tensor,
-    geometry: Geometry,
-    mask: tuple[bool, bool],
-    input_grad: Tensor,
-    add: bool,
-) -> Any:
+def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
+    grad, input, kernels, total = chunk
     stride, padding, dilation, groups = geometry
-    folded = (grad, input) if len(input) == 1 else (t.reshape(1, -1, *t.shape[2:]) for t in (grad, input))
-    settings = (None, stride, padding, dilation, False, (0, 0), len(input) * groups, (*mask, False))
-    part, kernels_grad, _ = torch.ops.aten.convolution_backward(*folded, kernels.flatten(0, 1), *settings)
+    samples = len(input)
+    if samples > 1:
+        grad, input = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
+    settings = (None, stride, padding, dilation, False, (0, 0), samples * groups, (*mask, False))
+    part, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, kernels.flatten(0, 1), *settings)
     if mask[0] and add:
-        input_grad += part.view(input.shape)
+        total += part.view(total.shape)
     elif mask[0]:
-        input_grad.copy_(part.view(input.shape))
-    return mask[1] and kernels_grad.view(kernels.shape)
+        total.copy_(part.view(total.shape))
+    return kernels_grad.view(kernels.shape) if mask[1] else None
 
 
 def _convolve_one_by_one_backward(
-    grad: Tensor,
-    input: Tensor,
-    kernels: Tensor,
-    geometry: Geometry,
-    mask: tuple[bool, bool],
-    input_grad: Tensor,
-    add: bool,
-) -> Any:
-    singly = zip(*(tensor.split(1) for tensor in (grad, input, kernels, input_grad)), strict=True)
-    grads = [_convolve_each_backward(g, x, kernel, geometry, mask, place, add) for g, x, kernel, place in singly]
-    return mask[1] and torch.cat(grads)
+    chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool
+) -> Tensor | None:
+    singly = map(_Chunk, *(tensor.split(1) for tensor in chunk))
+    grads: Any = [_convolve_each_backward(one, geometry, mask, add) for one in singly]
+    return torch.cat(grads) if mask[1] else None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -24,12 +24,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def remembered(function: Function) -> Function:
-    """Let a function of hashable arguments give again what it gave before; a compiler always calls it."""
-    cached = functools.lru_cache(maxsize=4096)(function)
+    """Let a function give again what it gave before; a compiler always calls it, and so do arguments without a hash."""
+    cached = functools.lru_cache(maxsize=4096, typed=True)(function)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        return function(*arguments) if torch.compiler.is_compiling() else cached(*arguments)
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return cached(*arguments)
+        except TypeError:
+            return function(*arguments)
 
     return cast(Function, call)
 
@@ -61,7 +66,7 @@ def output_length(size: int, length: int, step: int, zeros: int, distance: int) 
 
 def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
     """Mix K kernels by each sample's routing weights: ``(B, K)`` and ``(K, ...)`` give ``(B, ...)``."""
-    return (routing @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+    return torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[1:])
 
 
 def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
@@ -69,19 +74,20 @@ def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     batch = input.shape[0]
     geometry = geometry._replace(groups=batch * geometry.groups)
     output = F.conv2d(input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None, *geometry)
-    return output[0].unflatten(0, (batch, -1))
+    return output.view(batch, -1, *output.shape[2:])
 
 
 def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: a matrix product with the unfolded sample."""
     batch, out_channels = kernels.shape[:2]
-    patches = unfolded(input, kernels.shape[3:], geometry).unflatten(1, (geometry.groups, -1))
-    matrices = kernels.reshape(batch, geometry.groups, out_channels // geometry.groups, -1)
-    if geometry.groups == 1 and patches.stride(2) == 1 < patches.stride(3):  # channels_last comes out as it went in
-        product = (patches.mT @ matrices.mT).mT
+    matrices = kernels.reshape(batch * geometry.groups, out_channels // geometry.groups, -1)
+    patches = unfolded(input, kernels.shape[3:], geometry)
+    patches = patches.reshape(len(matrices), matrices.shape[2], patches.shape[2])
+    if geometry.groups == 1 and patches.stride(1) == 1 < patches.stride(2):  # channels_last comes out as it went in
+        product = torch.bmm(patches.mT, matrices.mT).mT
     else:
-        product = matrices @ patches
-    return product.flatten(1, 2).unflatten(2, positions(input.shape, kernels.shape, geometry))
+        product = torch.bmm(matrices, patches)
+    return product.view(batch, out_channels, *positions(input.shape, kernels.shape, geometry))
 
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -25,13 +25,17 @@ PADDED: dict[str, Any] = {"padding": 1}
         ((0, 4, 99, 99), (3, 6, 4, 3, 3), {}, "mixture"),
         ((0, 4, 99, 99), (3, 6, 4, 1, 1), {}, "mixture"),
         ((1, 960, 1, 1), (4, 160, 960, 1, 1), {}, "matmul"),
+        ((1, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((1, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "grouped"),
+        ((1, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "matmul"),
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
         ((32, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
         ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "chunked"),
         ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
         ((32, 960, 1, 1), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "matmul"),
+        ((32, 576, 2, 2), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped"),
+        ((32, 192, 28, 28), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "chunked"),
         # ResNet: few and many weights beside the pixels
         ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped"),
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "chunked"),
