@@ -391,6 +391,8 @@ def conv2d_repr(layer: Any) -> str:
     for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
         if getattr(layer, name) != default:
             text += f", {name}={getattr(layer, name)}"
+    if getattr(layer, "method", "auto") != "auto":
+        text += f", method={layer.method}"
     return text if layer.bias is not None else text + ", bias=False"
 
 

@@ -342,7 +342,9 @@ class MixtureContract(LayerContract):
         for layer in (self.make(**speed), self.layer.from_conv(self.static(), **self.options, **speed)):
             assert list(methods(layer, (self.geometry["in_channels"], 7, 6)).values()) == ["mixture"]
             assert layer.max_mixed_bytes == 7
+            assert ", method=mixture" in repr(layer)
             layer.method = "auto"
+            assert "method" not in repr(layer)
             assert list(methods(layer, (self.geometry["in_channels"], 7, 6)).values()) == ["chunked"]
 
     @pytest.mark.parametrize("index", range(3))

@@ -132,6 +132,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             dynamic_conv2d(*draw(), method="fast")
 
+    def test_true_is_no_number_even_after_one(self) -> None:
+        dynamic_conv2d(*draw(), stride=1)
+        with pytest.raises(ValueError, match="stride=True must be a whole number"):
+            dynamic_conv2d(*draw(), stride=True)
+
     def test_unknown_padding(self) -> None:
         with pytest.raises(ValueError, match="padding='full' must be 'same', 'valid', a whole number or two of them"):
             dynamic_conv2d(*draw(), padding="full")
@@ -153,6 +158,12 @@ def test_same_padding_with_a_stride_is_tensorflow_s(
     assert y.shape[2:] == tuple(
         math.ceil(length / step) for length, step in zip(size, as_pair("stride", stride), strict=True)
     )
+
+
+def test_lists_are_pairs_as_in_conv2d() -> None:
+    tensors = draw()
+    y = dynamic_conv2d(*tensors, stride=[2, 1], padding=[1, 0], dilation=[1, 2])  # type: ignore[arg-type]
+    assert torch.equal(y, dynamic_conv2d(*tensors, stride=(2, 1), padding=(1, 0), dilation=(1, 2)))
 
 
 def test_mix_kernels_of_one_open_kernel() -> None:

@@ -64,6 +64,8 @@ CACHED_BYTES = 8 << 20
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
 # page, each time.
 KEPT_BYTES = 32 << 20
+# The mixture has to be so many times as fast, since it holds the outputs of all K kernels.
+WORTH_IT = 1.1
 # Positions of one sample's output up to which a product takes less time than to begin a convolution.
 SMALL_MAP = 16
 
@@ -150,7 +152,7 @@ class Costs(NamedTuple):
         """Tell whether convolving with all K kernels costs less than mixing them first."""
         mixed_first = self.per_mixed_weight * case.mixed_weights + self.per_multiply_add * case.multiply_adds
         one = self.per_mixture_multiply_add * case.multiply_adds + self.per_output * case.outputs
-        return case.weight[0] * one + self.per_weight * math.prod(case.weight) < mixed_first
+        return WORTH_IT * (case.weight[0] * one + self.per_weight * math.prod(case.weight)) < mixed_first
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
