@@ -62,7 +62,7 @@ MAX_MIXED_BYTES = 256 << 20
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
-# page, each time.
+# page, each time. Chunks are faster from about there on.
 KEPT_BYTES = 32 << 20
 # The mixture has to be so many times as fast, since it holds the outputs of all K kernels.
 WORTH_IT = 1.1
@@ -118,6 +118,14 @@ class Case(NamedTuple):
         return 0 if self.is_product else self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions
 
     @property
+    def made_anew(self) -> int:
+        """Numbers of the largest tensors that mixing first makes, and chunks do not."""
+        if self.is_product:  # both write the maps where they belong; chunks mix twice, K multiply-adds a weight
+            return 8 * self.mixed_weights // self.weight[0]
+        maps = (math.prod(self.input), self.outputs)
+        return max(sum(maps) if self.training else max(maps), self.mixed_weights)
+
+    @property
     def mixture_numbers(self) -> int:
         """Numbers that the mixture holds: outputs of K kernels, and the input where it is unfolded."""
         few = self.geometry.groups == 1 and self.positions <= FEW_POSITIONS
@@ -156,12 +164,12 @@ class Costs(NamedTuple):
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
-# Fitted by `experiments.benchmarks.fit_costs` to a run on two x86-64 cores, K = 4, before `chunked` last changed.
+# Fitted by `experiments.benchmarks.fit_costs` to three runs on two x86-64 cores, with K = 4, 4 and 16.
 CPU_COSTS = {
-    (True, True): Costs(3230, 57, 41, 1830, 4490),
-    (True, False): Costs(1030, 17, 15, 710, 1400),
-    (False, True): Costs(5690, 41, 30, 7100, 9460),
-    (False, False): Costs(1100, 13, 8.2, 1610, 3390),
+    (True, True): Costs(3090, 56, 38, 1600, 3740),
+    (True, False): Costs(1070, 17.5, 15.4, 590, 1050),
+    (False, True): Costs(5540, 39, 33, 5100, 6310),
+    (False, False): Costs(1250, 11.5, 8.6, 1730, 1730),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
@@ -194,14 +202,8 @@ def mixed_first(case: Case) -> str:
         return "chunked"
     if case.input[0] == 1:
         return "matmul" if case.is_product or case.positions <= SMALL_MAP else "grouped"
-    first, maps = math.prod(case.input), case.outputs
-    # What is made anew at once: kernels and their gradients or copies; in training, maps and their gradients.
-    largest = (
-        2 * case.mixed_weights
-        if case.is_product
-        else max(first + maps if case.training else max(first, maps), case.mixed_weights)
-    )
-    if case.device == "cpu" and (largest * case.bytes_each > KEPT_BYTES or (case.is_depthwise and case.channels_last)):
+    made_anew = case.made_anew * case.bytes_each > KEPT_BYTES
+    if case.device == "cpu" and (made_anew or (case.is_depthwise and case.channels_last)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions <= FEW_POSITIONS  # what is left of depthwise ones
     return "matmul" if case.is_product or one_weight else "grouped"

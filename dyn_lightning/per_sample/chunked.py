@@ -5,6 +5,7 @@ samples and of output channels has its kernels mixed, used and forgotten; the ba
 costs K multiply-adds a weight and saves reading it from memory.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from dyn_lightning.per_sample.operation import operation
 
 # Output channels are divided until so many samples fit into the limit, since each chunk reads all K kernels of its
 # channels; convolutions of fewer channels than the least would not fill the processor.
-WANTED_SAMPLES, LEAST_CHANNELS = 8, 64
+WANTED_SAMPLES, LEAST_CHANNELS = 16, 64
 
 
 def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
@@ -43,7 +44,7 @@ def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, 
 
 
 def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> tuple[int, int]:
-    """Give how many samples, and how many output channels, have their kernels mixed at a time."""
+    """Give how many samples at most, and how many output channels, have their kernels mixed at a time."""
     out_channels = weight.shape[1]
     rows, columns = positions(input.shape, weight.shape, geometry)
     channel = weight[0, 0].numel() * weight.element_size()
@@ -123,6 +124,8 @@ def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable
 def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Iterator[tuple[slice, slice, slice]]:
     """Give samples, output channels, and where the weights of these channels lie in a flattened kernel."""
     length, out_channels = weight[0, 0].numel(), weight.shape[1]
+    batch = max(1, len(input))
+    samples = math.ceil(batch / math.ceil(batch / samples))  # chunks of one size, if there can be
     for first in range(0, out_channels, channels):
         last = min(first + channels, out_channels)
         for sample in range(0, input.shape[0], samples):

@@ -50,11 +50,8 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
 
 
 def test_evaluation_may_choose_otherwise() -> None:
-    tensors = torch.empty(32, 512, 7, 7), torch.empty(4, 512, 512, 3, 3)
-    assert [choose_method(*tensors, padding=1, training=training) for training in (True, False)] == [
-        "chunked",
-        "mixture",
-    ]
+    tensors = torch.empty(32, 512, 4, 4), torch.empty(4, 128, 512, 1, 1)
+    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["mixture", "matmul"]
 
 
 @pytest.mark.parametrize("max_mixed_bytes", [1, 4000, 10**6, 10**9])
