@@ -50,8 +50,11 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
 
 
 def test_evaluation_may_choose_otherwise() -> None:
-    tensors = torch.empty(32, 512, 4, 4), torch.empty(4, 128, 512, 1, 1)
-    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["mixture", "matmul"]
+    tensors = torch.empty(32, 128, 6, 6), torch.empty(4, 128, 128, 3, 3)
+    assert [choose_method(*tensors, padding=1, training=training) for training in (True, False)] == [
+        "mixture",
+        "grouped",
+    ]
 
 
 @pytest.mark.parametrize("max_mixed_bytes", [1, 4000, 10**6, 10**9])
