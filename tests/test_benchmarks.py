@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic; what they measure is not tested."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def test_interleaved_gives_up_on_the_slow_alone() -> None:
     assert times["slow"] > 100 * times["fast"]
     assert calls.count("slow") == 3  # warm-up, a guess of the time, the first round
     assert calls.count("fast") == 7
+
+
+def test_interleaved_lets_each_follow_itself() -> None:
+    calls: list[str] = []
+    interleaved({name: partial(calls.append, name) for name in "ab"}, rounds=2, settle=True)
+    assert "".join(calls) == "ab" + "aabb" + "bbaa"
 
 
 def test_interleaved_calls_the_short_several_times() -> None:

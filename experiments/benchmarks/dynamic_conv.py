@@ -236,7 +236,7 @@ def networks(options: Any) -> list[dict[str, Any]]:
                     name: make_step(converted(build, name, options.kernels), batch, training, size, options)
                     for name in names
                 }
-                times = interleaved(steps, options.rounds, options.device, patience=4)
+                times = interleaved(steps, options.rounds, options.device, patience=4, settle=True)
                 peaks = {name: round(peak_bytes(step, options.device) / 2**20, 1) for name, step in steps.items()}
                 for unit, values in (("ms", times), ("MiB", peaks)):
                     ratios = "".join(f"{values[name] / values['static']:9.2f}" for name in names[1:])
@@ -256,7 +256,7 @@ def growth(options: Any) -> list[dict[str, Any]]:
         models = {"static": build()} | {f"K = {k}": converted(build, "auto", k) for k in GROWTH_KERNELS}
         work = {name: work_of(model, batch) for name, model in models.items()}
         steps = {name: make_step(model, batch, True, 32, options) for name, model in models.items()}
-        times = interleaved(steps, options.rounds, options.device)
+        times = interleaved(steps, options.rounds, options.device, settle=True)
         ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in steps if name != "static")
         print(f"{batch:<8}{times['static']:9.1f}{ratios}", flush=True)
         results.append({"batch": batch, "milliseconds": times, "work": work})

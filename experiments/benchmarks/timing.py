@@ -21,6 +21,7 @@ def interleaved(
     device: torch.device = CPU,
     patience: float = float("inf"),
     least_ms: float = 0,
+    settle: bool = False,
 ) -> dict[str, float]:
     """Call the functions in turn, in the other direction every second round, and give each one's median milliseconds.
 
@@ -30,16 +31,21 @@ def interleaved(
         device: which is waited for.
         patience: what took this many times as long as the fastest in the first round is not measured again.
         least_ms: a function that takes less is called several times in a row, and the mean counts as one measurement.
+        settle: call a function before each of its measurements too. A training step follows one of its own kind, which
+            left memory as it needs it; after another network's it may take half as long again.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    calls = {}
+    calls = dict.fromkeys(functions, 1)
     for name, function in functions.items():
         function()
-        calls[name] = max(1, min(100, math.ceil(least_ms / max(_milliseconds(function, 1, device), 1e-3))))
+        if least_ms:
+            calls[name] = max(1, min(100, math.ceil(least_ms / max(_milliseconds(function, 1, device), 1e-3))))
     for turn in range(rounds):
         fastest = min((taken[0] for taken in times.values() if turn), default=float("inf"))
         for name in list(functions)[:: -1 if turn % 2 else 1]:
             if not turn or times[name][0] <= patience * fastest:
+                if settle:
+                    functions[name]()
                 times[name].append(_milliseconds(functions[name], calls[name], device))
     return {name: round(statistics.median(taken), 4) for name, taken in times.items()}
 
