@@ -51,8 +51,12 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
         >>> multiply_adds(nn.Conv2d(4, 6, 3), (4, 7, 6))
         4320
     """
-    with evaluating(model), FlopCounterMode(display=False, custom_mapping=ADDED_PRODUCTS) as counter:
-        model(empty_images(model, 1, input_shape))
+    token = functional.INSTEAD.set("grouped")  # the mixture would count K convolutions
+    try:
+        with evaluating(model), FlopCounterMode(display=False, custom_mapping=ADDED_PRODUCTS) as counter:
+            model(empty_images(model, 1, input_shape))
+    finally:
+        functional.INSTEAD.reset(token)
     return counter.get_total_flops() // 2
 
 
@@ -61,7 +65,7 @@ def methods(
 ) -> dict[str, str]:
     """Name the method by which each layer computes its per-sample convolution (``dynamic_conv2d``), without computing.
 
-    The model runs on empty images in eval mode: branches that only training takes are left out.
+    The model runs on empty images in eval mode, uncompiled: branches that only training takes are left out.
 
     Args:
         model: any module; its mode is put back afterwards.
@@ -90,7 +94,12 @@ def methods(
     token = functional.NOTE.set(note)
     try:
         images = empty_images(model, batch_size, input_shape)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, evaluating(model), torch.set_grad_enabled(training):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            FakeTensorMode(allow_non_fake_inputs=True) as fake,
+            evaluating(model),
+            torch.set_grad_enabled(training),
+        ):
             model(fake.from_tensor(images))
     finally:
         functional.NOTE.reset(token)

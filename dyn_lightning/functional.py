@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, case_of, choose, fastest, run
-from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels, remembered
+from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
 from dyn_lightning.per_sample.reduction import padding_in_numbers, reduced
+from dyn_lightning.per_sample.tracing import in_function_transform
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
 # a stride.
 SAME_PADDED = "Conv2dSame"
 
-# Called with the name of each method that is taken (cost.methods).
+# Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
+# (cost.multiply_adds).
 NOTE: ContextVar[Callable[[str], None]] = ContextVar("NOTE", default=lambda method: None)
+INSTEAD: ContextVar[str] = ContextVar("INSTEAD", default="")
 
 
 def dynamic_conv2d(
@@ -53,9 +56,10 @@ def dynamic_conv2d(
             and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
             pass again. ``"auto"`` chooses one by a model of their costs (``choose_method``), ``"benchmark"`` times them
             once a shape (``"auto"`` while compiling). All give the same value and the same gradients.
-        max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels or for the
-            outputs of K kernels. Where either would need more, they take ``"chunked"``, whose chunks keep to it, their
-            gradients included, down to one sample and 64 output channels (or all, with groups).
+        max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
+            unfolded input or for the outputs of K kernels, with the gradients of these. Where a method would need more,
+            they take another, at last ``"chunked"``, whose chunks keep to it down to one sample and 64 output channels
+            (or all, with groups). What a convolution's library takes for a layout of its own is not counted.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
@@ -73,16 +77,17 @@ def dynamic_conv2d(
     check_method(method, max_mixed_bytes)
     full = input
     input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
-    input, routing, weight = _as_autocast(input, routing.to(weight.dtype), weight)
-    if input.dtype != weight.dtype:
-        raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
+    input, weight, routing = _in_one_type(input, weight, routing.to(weight.dtype))
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     case = case_of(input, weight, geometry, training, max_mixed_bytes)
-    if input.shape[0] == 0 or method == "auto" or (method == "benchmark" and torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        method = INSTEAD.get() or method
+    if input.shape[0] == 0 or method == "auto" or (method == "benchmark" and compiling):
         method = choose(case)
     elif method == "benchmark":
         method = fastest(input, routing, weight, case)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         NOTE.get()(method)
     output = run(method, input, routing, weight, case)
     if bias is not None:
@@ -125,8 +130,9 @@ def choose_method(
     """
     _check_shapes(input, input.new_empty(len(input), len(weight)), weight, None, groups)
     check_method("auto", max_mixed_bytes)
-    tensors = prepared(input, weight, stride, padding, dilation, groups)
-    return choose(case_of(*tensors, training, max_mixed_bytes))
+    input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
+    input, weight = _in_one_type(input, weight)
+    return choose(case_of(input, weight, geometry, training, max_mixed_bytes))
 
 
 def check_method(method: str, max_mixed_bytes: int) -> None:
@@ -149,25 +155,29 @@ def prepared(
     groups: int,
 ) -> tuple[Tensor, Tensor, Geometry]:
     """Check a convolution's numbers, and bring it to the least that is to be computed."""
-    return reduced(input, weight, *_as_numbers(stride, padding, dilation), groups)
+    numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
+    return reduced(input, weight, *numbers, groups)
 
 
-@remembered
-def _as_numbers(stride: int | Pair, padding: int | Pair | str, dilation: int | Pair) -> tuple[Pair, Pair | str, Pair]:
-    return as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation)
+def _in_one_type(input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts what a convolution takes (chunks would otherwise be cast one by one), and check the types.
 
-
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts what a convolution takes; chunks would otherwise be cast one by one."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+    Raises:
+        ValueError: input and weight are of different types.
+    """
+    tensors, device = (input, weight, *others), input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+    if tensors[0].dtype != tensors[1].dtype:
+        raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
+    return tensors
 
 
 def in_format_of(input: Tensor, output: Tensor) -> Tensor:
     """Lay out an output as its input is: channels_last, or contiguous; an input of one channel or pixel is both."""
+    if in_function_transform():
+        return output
     last = input.is_contiguous(memory_format=torch.channels_last)
     if last and input.is_contiguous():
         last = output.is_contiguous(memory_format=torch.channels_last)
@@ -229,7 +239,7 @@ def as_pair(name: str, value: int | Pair | list[int]) -> Pair:
         ValueError: neither one nor two whole numbers.
     """
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    if len(values) != 2 or type(values[0]) is not int or type(values[1]) is not int:
         raise ValueError(f"{name}={value!r} must be a whole number or two of them, (rows, columns)")
     return values
 
@@ -241,8 +251,7 @@ def as_steps(name: str, value: int | Pair | list[int]) -> Pair:
         ValueError: not whole numbers, or one below 1.
     """
     steps = as_pair(name, value)
-    for step in steps:
-        check_count(name, step)
+    check_count(name, min(steps))
     return steps
 
 
@@ -257,8 +266,7 @@ def as_padding(value: int | Pair | list[int] | str) -> Pair | str:
             raise ValueError(f"padding={value!r} must be 'same', 'valid', a whole number or two of them")
         return value
     padding = as_pair("padding", value)
-    for zeros in padding:
-        check_count("padding", zeros, least=0)
+    check_count("padding", min(padding), least=0)
     return padding
 
 
@@ -391,9 +399,14 @@ def conv2d_repr(layer: Any) -> str:
     for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
         if getattr(layer, name) != default:
             text += f", {name}={getattr(layer, name)}"
-    if getattr(layer, "method", "auto") != "auto":
-        text += f", method={layer.method}"
+    text += method_repr(layer)
     return text if layer.bias is not None else text + ", bias=False"
+
+
+def method_repr(layer: Any) -> str:
+    """Describe by which method a layer computes, where it is not ``"auto"``."""
+    method = getattr(layer, "method", "auto")
+    return "" if method == "auto" else f", method={method}"
 
 
 def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:

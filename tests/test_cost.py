@@ -72,6 +72,14 @@ def test_peak_memory_is_in_bytes() -> None:
     assert ("device" in peak) == torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked", "benchmark"])
+def test_the_method_does_not_change_the_multiply_adds(method: str) -> None:
+    before = dict(choice.MEASURED)
+    layer = CondConv2d(4, 6, 3, num_experts=5, bias=False, method=method)
+    assert multiply_adds(layer, (4, 7, 6)) == 6 * 4 * 9 * (5 * 4 + 5) + 4 * 5
+    assert before == choice.MEASURED
+
+
 class TestMethods:
     def test_names_the_methods_of_a_network(self) -> None:
         model = torchvision.models.mobilenet_v2()
@@ -88,6 +96,11 @@ class TestMethods:
     def test_a_layer_s_own_wish_and_one_that_runs_twice(self) -> None:
         layer = CondConv2d(4, 4, 1, method="mixture")
         assert methods(nn.Sequential(layer, nn.ReLU(), layer), (4, 7, 6)) == {"0": "mixture, mixture"}
+
+    def test_a_compiled_model(self) -> None:
+        layer = CondConv2d(4, 4, 1)
+        compiled = torch.compile(nn.Sequential(layer), backend="eager")
+        assert set(methods(compiled, (4, 7, 6)).values()) == {"matmul"}
 
     def test_times_nothing(self) -> None:
         before = dict(choice.MEASURED)

@@ -1,15 +1,18 @@
 import math
+import re
 from typing import Any
 
 import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from dyn_lightning import functional
 from dyn_lightning.functional import (
     BatchNorm2d,
     as_pair,
+    choose_method,
     dynamic_conv2d,
     init_kernels_,
 )
@@ -133,9 +136,10 @@ class TestErrors:
             dynamic_conv2d(*draw(), method="fast")
 
     def test_true_is_no_number_even_after_one(self) -> None:
-        dynamic_conv2d(*draw(), stride=1)
-        with pytest.raises(ValueError, match="stride=True must be a whole number"):
-            dynamic_conv2d(*draw(), stride=True)
+        dynamic_conv2d(*draw(), stride=(1, 1))
+        for value in (True, (True, 1), (1, 1.0)):
+            with pytest.raises(ValueError, match=rf"stride={re.escape(str(value))} must be a whole number"):
+                dynamic_conv2d(*draw(), stride=value)  # type: ignore[arg-type]
 
     def test_unknown_padding(self) -> None:
         with pytest.raises(ValueError, match="padding='full' must be 'same', 'valid', a whole number or two of them"):
@@ -158,6 +162,59 @@ def test_same_padding_with_a_stride_is_tensorflow_s(
     assert y.shape[2:] == tuple(
         math.ceil(length / step) for length, step in zip(size, as_pair("stride", stride), strict=True)
     )
+
+
+@every_method
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_any_layout_in_memory(stride: int, kernel_size: Any, order: Any, method: str) -> None:
+    input, *others = draw(3, kernel_size=kernel_size)
+    back = torch.tensor(order).argsort().tolist()
+    input = input.detach().permute(order).contiguous().permute(back).requires_grad_()
+    for max_mixed_bytes in (1, 1 << 20):
+        assert_equals_the_loop((input, *others), method, max_mixed_bytes, stride=stride)
+
+
+@every_method
+def test_autocast_around_the_backward_pass_alone(method: str) -> None:
+    tensors = draw(3, dtype=torch.float32)
+    y = dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1)
+    cotangent = torch.randn_like(y)
+    expected = torch.autograd.grad(y, tensors, cotangent, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):  # under which torch's own products are of 16 bits
+        gradients = torch.autograd.grad(y, tensors, cotangent)
+    for actual, right in zip(gradients, expected, strict=True):
+        assert_close(actual / right.abs().amax(), right / right.abs().amax(), torch.bfloat16)
+
+
+def test_the_choice_under_autocast_is_the_one_that_is_taken() -> None:
+    x, routing, weight = torch.randn(16, 256, 14, 14), torch.rand(16, 4), torch.randn(4, 256, 256, 3, 3)
+    taken: list[str] = []
+    token = functional.NOTE.set(taken.append)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            dynamic_conv2d(x, routing, weight, padding=1)
+            chosen = choose_method(x, weight, padding=1, training=False)
+    finally:
+        functional.NOTE.reset(token)
+    assert taken == [chosen]
+
+
+@every_method
+def test_vmap_and_per_sample_gradients(method: str) -> None:
+    input, routing, weight, _ = (tensor.detach() for tensor in draw(3))
+    several = torch.randn(5, *input.shape, dtype=input.dtype)
+    one_by_one = torch.stack([dynamic_conv2d(x, routing, weight) for x in several])
+    assert_close(torch.vmap(lambda x: dynamic_conv2d(x, routing, weight, method=method))(several), one_by_one)
+
+    def loss(weight: Tensor, x: Tensor, shares: Tensor) -> Tensor:
+        return dynamic_conv2d(x[None], shares[None], weight, method=method).square().sum()
+
+    gradients = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, input, routing)
+    leaf = weight.clone().requires_grad_()
+    expected = [torch.autograd.grad(loss(leaf, *pair), leaf)[0] for pair in zip(input, routing, strict=True)]
+    assert_close(gradients, torch.stack(expected))
 
 
 def test_lists_are_pairs_as_in_conv2d() -> None:

@@ -20,6 +20,7 @@ from dyn_lightning.functional import (
     dynamic_conv2d,
     flat,
     init_kernels_,
+    method_repr,
 )
 from dyn_lightning.routing import Router, as_router
 
@@ -227,7 +228,7 @@ class CondLinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer inside its name."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{text}, num_experts={len(self.weight)}"
+        return f"{text}, num_experts={len(self.weight)}{method_repr(self)}"
 
 
 def _copy_experts_(layer: Any, static: Any) -> None:

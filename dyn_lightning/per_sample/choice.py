@@ -24,9 +24,8 @@ from dyn_lightning.per_sample.methods import (
     mixture,
     multiplies,
     positions,
-    remembered,
 )
-from dyn_lightning.per_sample.operation import is_transformed
+from dyn_lightning.per_sample.tracing import in_strict_export, is_transformed, remembered
 
 
 def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -79,8 +78,14 @@ class Case(NamedTuple):
     bytes_each: int
     device: str
     channels_last: bool
+    dense: bool  # whether the input lies in memory without gaps
     training: bool
     max_mixed_bytes: int
+
+    @property
+    def allowed(self) -> int:
+        """Bytes that may be held beside what autograd's gradients take as much again of."""
+        return self.max_mixed_bytes // 2 if self.training else self.max_mixed_bytes
 
     @property
     def is_product(self) -> bool:
@@ -114,8 +119,10 @@ class Case(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Numbers of the unfolded input."""
-        return 0 if self.is_product else self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions
+        """Numbers of the unfolded input, none where it can be multiplied as it is."""
+        if self.is_product:
+            return 0 if self.dense else math.prod(self.input)
+        return self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions
 
     @property
     def made_anew(self) -> int:
@@ -127,14 +134,19 @@ class Case(NamedTuple):
 
     @property
     def mixture_numbers(self) -> int:
-        """Numbers that the mixture holds: outputs of K kernels, and the input where it is unfolded."""
-        few = self.geometry.groups == 1 and self.positions <= FEW_POSITIONS
-        return max(self.weight[0] * self.outputs, self.patches if few else 0)
+        """Numbers that the mixture holds: outputs of K kernels, twice with groups, and the input's rows."""
+        outputs = self.weight[0] * self.outputs
+        if self.geometry.groups > 1:
+            return 2 * outputs
+        if self.is_product:
+            return outputs + math.prod(self.input)
+        return outputs + (2 * self.patches if self.positions <= FEW_POSITIONS else 0)
 
 
 def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
     """Say all that the choice of a method depends on."""
-    where = (input.element_size(), input.device.type, is_channels_last(input))
+    channels_last = is_channels_last(input)
+    where = (input.element_size(), input.device.type, channels_last, channels_last or input.is_contiguous())
     return Case(_hints(input.shape), _hints(weight.shape), geometry, *where, training, max_mixed_bytes)
 
 
@@ -184,12 +196,14 @@ CUDA_COSTS = {
 @remembered
 def choose(case: Case) -> str:
     """Name the method with the least cost, from shapes, type and kind of device alone: all DDP ranks take the same."""
+    if in_strict_export():  # a comparison would close what is left open of the batch
+        return "matmul" if case.is_product else "grouped"
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
-    first = mixed_first(case)
+    within = methods_within(case)
+    first = mixed_first(case) if mixed_first(case) in within else "chunked"
     # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
-    too_much = case.mixture_numbers * case.bytes_each > case.max_mixed_bytes
-    if case.input[0] == 1 or case.is_depthwise or too_much:
+    if case.input[0] == 1 or case.is_depthwise or "mixture" not in within:
         return first
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
     return "mixture" if costs[case.is_product, case.training].prefer_mixture(case) else first
@@ -197,9 +211,6 @@ def choose(case: Case) -> str:
 
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
-    kernels = case.mixed_weights * case.bytes_each
-    if kernels > case.max_mixed_bytes:
-        return "chunked"
     if case.input[0] == 1:
         return "matmul" if case.is_product or case.positions <= SMALL_MAP else "grouped"
     made_anew = case.made_anew * case.bytes_each > KEPT_BYTES
@@ -209,13 +220,23 @@ def mixed_first(case: Case) -> str:
     return "matmul" if case.is_product or one_weight else "grouped"
 
 
+def methods_within(case: Case) -> list[str]:
+    """Name the methods whose mixed kernels, unfolded input or outputs of K kernels keep within what is allowed."""
+    numbers = {
+        "grouped": case.mixed_weights,
+        "matmul": max(case.mixed_weights, case.patches),
+        "mixture": case.mixture_numbers,
+    }
+    found = [name for name, count in numbers.items() if count * case.bytes_each <= case.allowed]
+    return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]
+
+
 def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> Tensor:
     """Compute by a method; ``"chunked"`` gets the bytes that it may take."""
     if method != "chunked":
         return METHODS[method](input, routing, weight, case.geometry)
-    # The backward pass holds a chunk's kernels and maps, and their gradients.
-    limit = case.max_mixed_bytes // 2 if case.training else case.max_mixed_bytes
-    return chunked(input, routing, weight, case.geometry, min(CACHED_BYTES, limit) if case.device == "cpu" else limit)
+    limit = min(CACHED_BYTES, case.allowed) if case.device == "cpu" else case.allowed
+    return chunked(input, routing, weight, case.geometry, limit)
 
 
 # What `fastest` found, by all that a time depends on.
@@ -238,17 +259,6 @@ def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
             times = {method: _milliseconds(method, tensors, case) for method in methods_within(case)}
         MEASURED[key] = min(times, key=lambda name: times[name])
     return MEASURED[key]
-
-
-def methods_within(case: Case) -> list[str]:
-    """Name the methods whose mixed kernels, unfolded input or outputs of K kernels keep within ``max_mixed_bytes``."""
-    numbers = {
-        "grouped": case.mixed_weights,
-        "matmul": max(case.mixed_weights, case.patches),
-        "mixture": case.mixture_numbers,
-    }
-    found = [name for name, count in numbers.items() if count * case.bytes_each <= case.max_mixed_bytes]
-    return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]
 
 
 def _milliseconds(method: str, tensors: list[Tensor], case: Case) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dyn_lightning.per_sample.methods import (
     Geometry,
     convolve_each,
+    empty_map,
     empty_output,
     grouped,
     is_channels_last,
@@ -49,8 +50,9 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
     rows, columns = positions(input.shape, weight.shape, geometry)
     channel = weight[0, 0].numel() * weight.element_size()
     maps = (input.shape[1:].numel() + out_channels * rows * columns) * input.element_size()
-    if multiplies(weight.shape, geometry):
-        maps = 0  # a product reads and writes them where they are
+    if multiplies(weight.shape, geometry):  # a product writes its map where it belongs, and reads one that is dense
+        dense = input.is_contiguous() or is_channels_last(input)
+        maps = 0 if dense else input.shape[1:].numel() * input.element_size()
     channels = out_channels
     while geometry.groups == 1 and channels > LEAST_CHANNELS and WANTED_SAMPLES * channels * channel > limit:
         channels = -(-channels // 2)
@@ -64,6 +66,7 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry,
     for some, these, columns in _chunks(input, weight, samples, channels):
         kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
         convolve(input[some], kernels, geometry, output[some, these])
+        del kernels  # before the next ones are made
     return output
 
 
@@ -79,8 +82,8 @@ def _backward(
 ) -> list[Tensor]:
     _, differentiate = _passes(input, weight, geometry)
     flat = weight.flatten(1)
-    wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits would lose what is added last
-    input_grad = torch.empty_like(input)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # sums over many samples; 16 bits would lose the last
+    input_grad = empty_map(input, input.shape) if needed[0] else input
     routing_grad = torch.zeros_like(routing, dtype=wide)
     weight_grad = torch.zeros_like(flat, dtype=wide) if needed[2] else flat
     mask = (needed[0], needed[1] or needed[2])
@@ -93,6 +96,7 @@ def _backward(
             _add_product(routing_grad[some], kernels_grad.flatten(1), part.mT)
         if needed[2]:
             _add_product(weight_grad[:, columns], shares.mT, kernels_grad.flatten(1))
+        del kernels, chunk, kernels_grad
     gradients = (input_grad, routing_grad.to(routing.dtype), weight_grad.to(weight.dtype).view(weight.shape))
     return [gradient for gradient, need in zip(gradients, needed, strict=True) if need]
 
@@ -133,7 +137,7 @@ def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Itera
 
 
 def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
-    torch.bmm(kernels.flatten(2), input.flatten(2), out=output.flatten(2))
+    torch.bmm(kernels.flatten(2), input.flatten(2), out=output.view(*output.shape[:2], -1))
 
 
 def _convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
@@ -146,7 +150,8 @@ def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, out
 
 
 def _multiply_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
-    grad, input, matrices, total = (tensor.flatten(2) for tensor in chunk)
+    grad, input, matrices = (tensor.flatten(2) for tensor in chunk[:3])
+    total = chunk.input_grad.view(input.shape) if mask[0] else grad
     if mask[0] and add:
         total.baddbmm_(matrices.mT, grad)
     elif mask[0]:

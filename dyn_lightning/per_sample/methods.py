@@ -5,38 +5,20 @@ Axis letters: b sample, k kernel, g group, o output channel, i input channel of 
 y x output rows and columns, p position (y and x as one axis).
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn_lightning.per_sample.tracing import in_function_transform
+
 Pair = tuple[int, int]
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
 FEW_POSITIONS = 4
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def remembered(function: Function) -> Function:
-    """Let a function give again what it gave before; a compiler always calls it, and so do arguments without a hash."""
-    cached = functools.lru_cache(maxsize=4096, typed=True)(function)
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*arguments)
-        try:
-            return cached(*arguments)
-        except TypeError:
-            return function(*arguments)
-
-    return cast(Function, call)
 
 
 class Geometry(NamedTuple):
@@ -144,12 +126,18 @@ def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tens
 
 
 def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Give memory for the output, laid out as the input is."""
-    size = (input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry))
+    """Give memory for the output."""
+    return empty_map(input, (input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)))
+
+
+def empty_map(input: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Give memory for a map of a size: channels_last if the input is, otherwise contiguous."""
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 def is_channels_last(input: Tensor) -> bool:
     """Tell whether a map lies in memory pixel by pixel, and not channel by channel too."""
+    if in_function_transform():
+        return False
     return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyn_lightning.per_sample.methods import Geometry, Method, empty_output, positions
+from dyn_lightning.per_sample.tracing import is_transformed
 
 Numbers = list[int]
 
@@ -29,14 +31,16 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
 
     @torch.library.custom_op(f"dyn_lightning::{name}", mutates_args=())
     def run(input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
-        return forward(input, routing, weight, *_unpacked(numbers))
+        with _as_it_is(input):
+            return forward(input, routing, weight, *_unpacked(numbers))
 
     @torch.library.custom_op(f"dyn_lightning::{name}_backward", mutates_args=())
     def run_backward(
         grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers, needed: list[bool]
     ) -> list[Tensor]:
         geometry, *settings = _unpacked(numbers)
-        gradients = backward(grad, input, routing, weight, geometry, *settings, needed)
+        with _as_it_is(input):
+            gradients = backward(grad, input, routing, weight, geometry, *settings, needed)
         wanted = [tensor for tensor, need in zip((input, routing, weight), needed, strict=True) if need]
         return [_laid_out_as(of, gradient) for of, gradient in zip(wanted, gradients, strict=True)]
 
@@ -56,7 +60,7 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
         needed, again = list(ctx.needs_input_grad[:3]), torch.is_grad_enabled()
         batched = not torch.compiler.is_compiling() and (is_transformed() or is_legacy_batchedtensor(grad))
         if again or batched:  # second derivatives, or gradients of several cotangents at once
-            with torch.enable_grad():
+            with torch.enable_grad(), _as_it_is(grad):
                 # Views, since what is saved may depend on each other: routing on the input.
                 tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
                 wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
@@ -81,18 +85,16 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
     return call
 
 
-def is_transformed() -> bool:
-    """Tell whether something runs that operations of one's own have no rule for, or would get wrong: forward-mode
-    derivatives (a silent zero), ``torch.func``, ``torch.jit.trace``.
-    """
-    transforms = torch._C._are_functorch_transforms_active()
-    return transforms or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing()
+def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Let autocast cast nothing: what an operation takes was cast before, and autocast may be on backward alone."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _laid_out_as(of: Tensor, gradient: Tensor) -> Tensor:
     """Lay out a gradient as the compiler was told: as ``torch.empty_like`` lays out what it is the gradient of."""
-    expected = torch.empty_like(of)
-    return gradient if gradient.stride() == expected.stride() else expected.copy_(gradient)
+    expected = torch.empty_like(of, device="meta").stride()
+    return gradient if gradient.stride() == expected else torch.empty_like(of).copy_(gradient)
 
 
 def _flops(input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.methods import Geometry, Pair, output_length, remembered
+from dyn_lightning.per_sample.methods import Geometry, Pair, output_length
+from dyn_lightning.per_sample.tracing import remembered
 
 
 def reduced(

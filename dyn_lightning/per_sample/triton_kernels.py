@@ -142,7 +142,8 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
     output = empty_output(input, weight, geometry)
     sizes, options = _sizes(input, weight, geometry), _options(input, weight)
     grid = (len(input), triton.cdiv(output[0, 0].numel(), POSITIONS), geometry.groups * triton.cdiv(sizes[2], CHANNELS))
-    _forward_kernel[grid](input, routing, _elements_first(weight), output, *sizes, **options)
+    with torch.cuda.device_of(input):
+        _forward_kernel[grid](input, routing, _elements_first(weight), output, *sizes, **options)
     return output
 
 
@@ -188,11 +189,21 @@ def _options(input: Tensor, weight: Tensor) -> dict[str, Any]:
         "tile": CHANNELS,
         "tile_p": POSITIONS,
         "wide": tl.float64 if input.dtype == torch.float64 else tl.float32,
-        "precision": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        "precision": "tf32" if _allows_tf32() else "ieee",
     }
 
 
-_convolve = operation("triton", _forward, _backward, grouped)
+def _backward_there(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    with torch.cuda.device_of(grad):  # a kernel runs on the current device
+        return _backward(grad, *arguments)
+
+
+def _allows_tf32() -> bool:
+    conv = getattr(torch.backends.cudnn, "conv", None)  # where torch has it, the older name may raise
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+
+
+_convolve = operation("triton", _forward, _backward_there, grouped)
 
 
 def convolve(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
