@@ -1,6 +1,6 @@
 """The benchmarks' arithmetic; what they measure is not tested."""
 
-from functools import partial
+import json
 from pathlib import Path
 
 import pytest
@@ -10,30 +10,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.per_sample.choice import Case, Costs
 from dyn_lightning.per_sample.methods import Geometry
-from experiments.benchmarks.dynamic_conv import backward_flops, explained, quality
-from experiments.benchmarks.fit_costs import fit
-from experiments.benchmarks.plots import draw
-from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.dynamic_conv.__main__ import main
+from experiments.benchmarks.dynamic_conv.fit_costs import fit
+from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained
+from experiments.benchmarks.dynamic_conv.layers import quality
+from experiments.benchmarks.dynamic_conv.plots import draw
+from experiments.benchmarks.timing import in_turn, interleaved
 
 
-def test_interleaved_gives_up_on_the_slow_alone() -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize("sure", [1, 2])
+def test_the_slow_alone_are_given_up(sure: int) -> None:
+    order: list[str] = []
+    each = {"static": 1.0, "fast": 5.0, "near": 14.0, "slow": 16.0}
 
-    def slow() -> None:
-        calls.append("slow")
-        torch.randn(300, 300) @ torch.randn(300, 300)
-        sum(range(300_000))
+    def measure(name: str) -> list[float]:
+        order.append(name)
+        return [each[name], 3 * each[name]]
 
-    times = interleaved({"fast": lambda: calls.append("fast"), "slow": slow}, rounds=5, patience=100)
-    assert times["slow"] > 100 * times["fast"]
-    assert calls.count("slow") == 2  # warm-up, the first round
-    assert calls.count("fast") == 6
-
-
-def test_interleaved_lets_each_follow_itself() -> None:
-    calls: list[str] = []
-    interleaved({name: partial(calls.append, name) for name in "ab"}, rounds=2, settle=True)
-    assert "".join(calls) == "ab" + "aabb" + "bbaa"
+    times = in_turn(measure, [*each], rounds=4, patience=3, sure=sure)
+    assert times == {name: 2 * time for name, time in each.items()}
+    assert [order.count(name) for name in each] == [4, 4, 4, sure]  # static does not count as the fastest
+    assert order[:7] == [*each, *([*each][::-1] if sure == 2 else ["near", "fast", "static"])][:7]
 
 
 def test_interleaved_calls_the_short_several_times() -> None:
@@ -48,7 +45,7 @@ def test_fit_finds_the_costs_that_made_the_times() -> None:
     results = []
     for channels, pixels in ((64, 56), (128, 28), (512, 7), (64, 8), (256, 2)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((4, channels, channels, 3, 3))
-        case = Case(*shapes, geometry, 4, "cpu", False, True, 2**28)
+        case = Case(*shapes, geometry, 4, "cpu", False, True, True, 2**28)
         mixing = costs.per_mixed_weight * case.mixed_weights + costs.per_multiply_add * case.multiply_adds
         one = costs.per_mixture_multiply_add * case.multiply_adds + costs.per_output * case.outputs
         times = {"grouped": mixing * 1e-9, "mixture": (4 * one + costs.per_weight * case.weight.numel()) * 1e-9}
@@ -80,7 +77,7 @@ def test_growth_is_explained() -> None:
         work = {
             name: {"weights": 1e7 * k, "mixed weights": 1e5 * batch * k**0.5, "multiply-adds": 1e8 * batch * k**0.7}
             | {"images": batch}
-            for name, k in (("static", 1), ("K = 2", 2), ("K = 4", 4))
+            for name, k in (("static", 1), ("K = 2", 2), ("K = 4", 4), ("K = 16", 16))
         }
         times = {
             name: 3e-6 * w["weights"] + 5e-6 * w["mixed weights"] + 2e-8 * w["multiply-adds"] + 0.5 * w["images"]
@@ -89,8 +86,11 @@ def test_growth_is_explained() -> None:
         results.append({"batch": batch, "milliseconds": times, "work": work})
     said = explained(results)
     assert said.startswith(
-        "time = 3.00 ns a weight + 5.00 ns a weight of the mixed kernels + 20.0 ps a multiply-add + 0.5"
+        "time = 3 ns a weight + 5 ns a weight of the mixed kernels + 0.02 ns a multiply-add + 5e+05 ns an image"
     )
+    assert "a weight: at least 28 bytes, at 9.3 GB/s" in said
+    assert "multiply-adds: 50 G a second" in said
+    assert "batch 8, K = 4: weights " in said
     assert "error 0% (median), 0% (most)" in said
 
 
@@ -109,3 +109,31 @@ def test_draws_every_part(tmp_path: Path) -> None:
     paths = draw({"device": "a CPU", "torch": "2", "date": "today", "results": results}, tmp_path / "new")
     assert [path.name for path in paths] == ["layers.png", "networks.png", "growth.png"]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["lairs"], "parts ['lairs'] do not exist, choose of ['layers', 'networks', 'growth', 'modes']"),
+        (["--rounds", "0"], "argument --rounds: 0 must be at least 1"),
+        (["--device", "gpu"], "argument --device: "),
+        (["--device", "meta"], "'meta' is not here, or cannot be timed: choose cpu or cuda"),
+        (["--networks", "LeNet"], "invalid choice: 'LeNet'"),
+    ],
+)
+def test_bad_options(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert says in capsys.readouterr().err
+
+
+def test_a_network_is_measured_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--networks", "MobileNetV2 x0.5", "--sizes", "32", "--batch", "2", "--rounds", "1"]
+    main(["networks", *options, "--out", str(tmp_path)])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((tmp_path / "dynamic_conv.json").read_text())
+    assert [row["job"] for row in printed["results"]["networks"]] == ["training step", "forward", "forward of one"]
+    for row in printed["results"]["networks"]:
+        assert set(row["milliseconds"]) == {"static", "grouped", "matmul", "mixture", "chunked", "timm", "auto"}
+        assert min(*row["milliseconds"].values(), *row["MiB"].values()) > 0
+    assert (tmp_path / "networks.png").stat().st_size > 5000

@@ -176,7 +176,7 @@ class Costs(NamedTuple):
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
-# Fitted by `experiments.benchmarks.fit_costs` to three runs on two x86-64 cores, with K = 4, 4 and 16.
+# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to three runs on two x86-64 cores, with K = 4, 4 and 16.
 CPU_COSTS = {
     (True, True): Costs(3090, 56, 38, 1600, 3740),
     (True, False): Costs(1070, 17.5, 15.4, 590, 1050),

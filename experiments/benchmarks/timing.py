@@ -5,7 +5,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,42 +15,59 @@ from dyn_lightning.record import device_name, packages
 CPU = torch.device("cpu")
 
 
+def in_turn(
+    measure: Callable[[str], list[float]],
+    names: Sequence[str],
+    rounds: int,
+    patience: float = math.inf,
+    sure: int = 2,
+    baseline: str = "static",
+) -> dict[str, float]:
+    """Measure several things in turn, in the other order every second round, and give each one's median milliseconds.
+
+    Args:
+        measure: gives one or more measurements of a name.
+        names: of what is measured.
+        rounds: how many times each is measured.
+        patience: what takes this many times as long as the fastest, each at its best, is not measured again.
+        sure: rounds that each is measured in any case.
+        baseline: does not count as the fastest.
+    """
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        fastest = min((min(taken) for name, taken in times.items() if taken and name != baseline), default=math.inf)
+        for name in list(names)[:: -1 if turn % 2 else 1]:
+            if turn < sure or min(times[name]) <= patience * fastest:
+                times[name] += measure(name)
+    return {name: round(statistics.median(taken), 4) for name, taken in times.items()}
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     rounds: int,
     device: torch.device = CPU,
-    patience: float = float("inf"),
+    patience: float = math.inf,
     least_ms: float = 0,
-    settle: bool = False,
 ) -> dict[str, float]:
-    """Call the functions in turn, in the other direction every second round, and give each one's median milliseconds.
+    """Call functions in turn, and give each one's median milliseconds.
 
     Args:
         functions: by name; each is called once before, to warm up.
-        rounds: how many times each is measured.
+        rounds: as in ``in_turn``, like ``patience``.
         device: which is waited for.
-        patience: what took this many times as long as the fastest in the first round is not measured again.
+        patience: how slow is too slow to be measured again.
         least_ms: a function that takes less is called several times in a row, and the mean counts as one measurement.
-        settle: call a function before each of its measurements too. A training step follows one of its own kind, which
-            left memory as it needs it; after another network's it may take half as long again.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
     calls = dict.fromkeys(functions, 1)
     for name, function in functions.items():
         function()
         if least_ms:
-            calls[name] = max(1, min(100, math.ceil(least_ms / max(_milliseconds(function, 1, device), 1e-3))))
-    for turn in range(rounds):
-        fastest = min((taken[0] for taken in times.values() if turn), default=float("inf"))
-        for name in list(functions)[:: -1 if turn % 2 else 1]:
-            if not turn or times[name][0] <= patience * fastest:
-                if settle:
-                    functions[name]()
-                times[name].append(_milliseconds(functions[name], calls[name], device))
-    return {name: round(statistics.median(taken), 4) for name, taken in times.items()}
+            calls[name] = max(1, min(100, math.ceil(least_ms / max(milliseconds(function, 1, device), 1e-3))))
+    return in_turn(lambda name: [milliseconds(functions[name], calls[name], device)], [*functions], rounds, patience)
 
 
-def _milliseconds(function: Callable[[], Any], calls: int, device: torch.device) -> float:
+def milliseconds(function: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Give the mean time of some calls in a row."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Draw what ``experiments.benchmarks.dynamic_conv`` measured: ``python -m experiments.benchmarks.plots FOLDER``."""
+"""Draw what was measured: ``python -m experiments.benchmarks.dynamic_conv.plots FOLDER``."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""Fit the cost model of ``per_sample/choice.py``: ``python -m experiments.benchmarks.fit_costs FILE.json [...]``.
+"""Fit the cost model of ``per_sample/choice.py``:
+``python -m experiments.benchmarks.dynamic_conv.fit_costs FILE.json [...]``.
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
 other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``),
@@ -23,10 +24,8 @@ Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by met
 def rows(path: str) -> list[Result]:
     """Read what was measured where the choice is open, and which method would be taken that mixes first."""
     measured = json.loads(Path(path).read_text())
-    if "CPU" not in measured["device"] or measured["dtype"] != "torch.float32":
-        raise SystemExit(
-            f"{path} is of {measured['device']}, {measured['dtype']}: the model is of a CPU in torch.float32"
-        )
+    if "CPU" not in measured["device"] or measured["dtype"] != "float32":
+        raise SystemExit(f"{path} is of {measured['device']}, {measured['dtype']}: the model is of a CPU in float32")
     found = []
     for result in measured["results"]["layers"]:
         in_channels, out_channels, size, stride, padding, groups, pixels = result["shape"]
@@ -69,4 +68,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:] or sys.exit("name the files"))

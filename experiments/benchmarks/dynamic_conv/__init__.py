@@ -1,0 +1,1 @@
+"""How fast is the per-sample convolution? See ``__main__``."""

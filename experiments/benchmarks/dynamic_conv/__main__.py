@@ -1,0 +1,92 @@
+"""How fast is the per-sample convolution?
+
+    python -m experiments.benchmarks.dynamic_conv [layers] [networks] [growth] [modes] --out FOLDER
+
+Question: what do dynamic convolutions cost beside static ones, by each method, by the one that is chosen, and by timm's
+``CondConv2d``, the public peer that puts the batch into the groups of one convolution?
+
+Side by side in one run, interleaved, medians. ``layers``: each layer shape of MobileNetV2, ResNet-18, ResNet-50 and
+EfficientNet-B0 at 224 and 32 px (forward and backward pass of a batch of 32, forward pass of 32 and of 1; no router, no
+optimizer). ``networks``: these networks whole (training step with SGD of a batch of 32, forward pass of 32 and of 1),
+and the peak memory. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and what explains it.
+``modes``: single layers in channels_last, in bfloat16 and compiled. About 15, 40, 3 and 2 minutes on two cores. Prints
+tables, draws a plot of each of the first three parts into ``--out``, and ends with one line of JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from dyn_lightning.record import git_state
+from experiments.benchmarks.dynamic_conv.growth import growth
+from experiments.benchmarks.dynamic_conv.layers import SIZES, layers
+from experiments.benchmarks.dynamic_conv.modes import modes
+from experiments.benchmarks.dynamic_conv.networks import NETWORKS, networks
+from experiments.benchmarks.dynamic_conv.plots import draw
+from experiments.benchmarks.timing import versions
+
+PARTS = {"layers": layers, "networks": networks, "growth": growth, "modes": modes}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, draw the plots and keep the results after each part, then print everything as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.dynamic_conv",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--rounds", type=count, default=5, help="repetitions of which the median is given")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is by autocast")
+    parser.add_argument("--kernels", type=count, default=4, help="K; growth has its own")
+    parser.add_argument("--batch", type=count, default=32, help="of layers, networks and modes")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of networks")
+    parser.add_argument("--sizes", nargs="+", type=count, default=SIZES, help="of the networks' images, in pixels")
+    parser.add_argument("--channels_last", action="store_true", help="of networks and growth")
+    parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"parts {unknown} do not exist, choose of {[*PARTS]}")
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+        torch.set_float32_matmul_precision("high")  # as cuDNN's convolutions have it by default
+    options.threads = torch.get_num_threads()
+    settings = {name: getattr(options, name) for name in ("dtype", "batch", "kernels", "rounds", "channels_last")}
+    options.dtype = getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    commit = (git_state() or {}).get("commit")
+    measured = {"benchmark": "dynamic_conv", **settings, **versions(options.device), "commit": commit, "results": {}}
+    for part in options.parts or PARTS:
+        measured["results"][part] = PARTS[part](options)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "dynamic_conv.json").write_text(json.dumps(measured) + "\n")
+            draw(measured, options.out)
+    print(json.dumps(measured))
+
+
+def count(text: str) -> int:
+    """Parse a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def device(text: str) -> torch.device:
+    """Parse a device that is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and not torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not here, or cannot be timed: choose cpu or cuda")
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+
+if __name__ == "__main__":
+    main()

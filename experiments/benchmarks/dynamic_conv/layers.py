@@ -1,0 +1,124 @@
+"""Single layers of every shape that the networks' replaced layers have; no router, no optimizer.
+
+A layer's kernels stay in the cache from one call to the next, as far as they fit, which they do not in a network.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyn_lightning.convert import convert
+from dyn_lightning.functional import choose_method, dynamic_conv2d
+from dyn_lightning.layers import CondConv2d
+from experiments.benchmarks.dynamic_conv.networks import NETWORKS, head, names
+from experiments.benchmarks.timing import interleaved
+
+# (batch, 0 for that of the options, whether there is a backward pass)
+JOBS = {"forward and backward": (0, True), "forward": (0, False), "forward of one": (1, False)}
+SIZES = (224, 32)
+Shape = tuple[int, int, int, int, int, int, int]  # channels in, out, kernel size, stride, padding, groups, map size
+
+
+def shapes() -> dict[Shape, list[str]]:
+    """List the shapes of the networks' replaced layers, and the networks that have them."""
+    found: dict[Shape, list[str]] = {}
+    for name, build in NETWORKS.items():
+        model = build().eval()
+        convert(model, "condconv", num_experts=1)
+        for size in SIZES:
+            for shape in _shapes(model, size):
+                found.setdefault(shape, []).append(f"{name}, {size} px")
+    return found
+
+
+@torch.no_grad()
+def _shapes(model: nn.Module, size: int) -> Iterator[Shape]:
+    seen: list[Shape] = []
+
+    def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        kernel, pixels = layer.kernel_size[0], inputs[0].shape[2]
+        numbers = (kernel, layer.stride[0], layer.padding[0], layer.groups, pixels)
+        seen.append((layer.in_channels, layer.out_channels, *numbers))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if isinstance(layer, CondConv2d)]
+    model(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return iter(dict.fromkeys(seen))
+
+
+def measure_layer(shape: Shape, batch: int, training: bool, options: Any) -> tuple[dict[str, float], str]:
+    """Give the milliseconds of each method, and the method that auto takes."""
+    in_channels, out_channels, size, stride, padding, groups, pixels = shape
+    kernels = options.kernels
+    x = torch.randn(batch, in_channels, pixels, pixels, device=options.device).requires_grad_(training)
+    routing = torch.softmax(torch.randn(batch, kernels, device=options.device), 1).requires_grad_(training)
+    stacked = (kernels, out_channels, in_channels // groups, size, size)
+    weight = torch.randn(stacked, device=options.device).requires_grad_(training)
+    static = weight[0].detach().clone().requires_grad_(training)
+    geometry = (stride, padding, 1, groups)
+    peer = timm.layers.CondConv2d(in_channels, out_channels, size, stride, padding, 1, groups, num_experts=kernels).to(
+        options.device
+    )
+    peer.weight.requires_grad_(training)
+
+    def compute(name: str) -> None:
+        with torch.autocast(options.device.type, options.dtype, enabled=options.dtype != torch.float32):
+            if name == "static":
+                y, leaves = F.conv2d(x, static, None, *geometry), [x, static]
+            elif name == "timm":
+                y, leaves = peer(x, routing), [x, routing, peer.weight]
+            else:
+                y, leaves = dynamic_conv2d(x, routing, weight, None, *geometry, method=name), [x, routing, weight]
+        if training:
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    with torch.set_grad_enabled(training):
+        functions = {name: partial(compute, name) for name in names(options)}
+        times = interleaved(functions, options.rounds, options.device, patience=4, least_ms=5)
+    return times, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
+
+
+def layers(options: Any) -> list[dict[str, Any]]:
+    """Measure every layer shape at every job, and say how good the choices are."""
+    results = []
+    columns = names(options)[1:]
+    for job, (batch, training) in JOBS.items():
+        batch = batch or options.batch
+        print(f"\n{job}, batch {batch}: milliseconds of the static convolution, then times relative to it")
+        print(f"{'in, out, kernel, stride, padding, groups, map':48}{'static':>9}" + head(columns) + "  auto")
+        for shape, networks in shapes().items():
+            times, chosen = measure_layer(shape, batch, training, options)
+            ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in columns)
+            print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
+            about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": networks}
+            results.append({**about, "auto": chosen, "milliseconds": times})
+        print(quality([result for result in results if result["job"] == job]))
+    return results
+
+
+def quality(results: list[dict[str, Any]]) -> str:
+    """Say how far the chosen methods are from the best ones and from timm's layer."""
+    over = sorted(
+        _chosen(result) / min(time for name, time in result["milliseconds"].items() if name not in ("static", "timm"))
+        for result in results
+    )
+    peer = sorted(result["milliseconds"]["timm"] / _chosen(result) for result in results)
+    near = sum(ratio <= 1.1 for ratio in over) / len(over)
+    slower = sum(ratio < 1 / 1.05 for ratio in peer)
+    mean = math.exp(sum(map(math.log, peer)) / len(peer))
+    return (
+        f"auto: within 10 % of the best method on {near:.1%} of {len(over)} shapes, at most {over[-1]:.2f} times it; "
+        f"{mean:.2f} times as fast as timm's CondConv2d (geometric mean; least {peer[0]:.2f}, most {peer[-1]:.1f}; "
+        f"on {slower} shapes more than 5 % slower)"
+    )
+
+
+def _chosen(result: dict[str, Any]) -> float:
+    return result["milliseconds"][result["auto"]]

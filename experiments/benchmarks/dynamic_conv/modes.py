@@ -1,0 +1,57 @@
+"""Single layers, forward and backward, as they are, in channels_last, in bfloat16 and compiled."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyn_lightning.layers import DynamicConv2d
+from experiments.benchmarks.dynamic_conv.layers import Shape
+from experiments.benchmarks.dynamic_conv.networks import head
+from experiments.benchmarks.timing import interleaved
+
+SHAPES: list[Shape] = [
+    (128, 128, 3, 1, 1, 1, 28),
+    (256, 256, 3, 1, 1, 1, 14),
+    (256, 256, 3, 1, 1, 1, 2),
+    (24, 144, 1, 1, 0, 1, 56),
+    (960, 160, 1, 1, 0, 1, 7),
+    (144, 144, 3, 1, 1, 144, 56),
+]
+
+
+def modes(options: Any) -> list[dict[str, Any]]:
+    """Measure the training step of single layers as they are, in channels_last, in bfloat16 and compiled."""
+    results = []
+    names = ("plain", "channels_last", "bfloat16", "compiled")
+    print("\nmilliseconds of a forward and backward pass of DynamicConv2d, then relative to it, and nn.Conv2d likewise")
+    print(f"{'in, out, kernel, stride, padding, groups, map':48}{'':>8}{'plain':>9}" + head(names[1:]))
+    for shape in SHAPES:
+        in_channels, out_channels, *geometry, groups, pixels = shape
+        arguments = (in_channels, out_channels, *geometry, 1, groups, False)
+        torch._dynamo.reset()  # sizes that were seen to change would be compiled as open ones
+        dynamic = DynamicConv2d(*arguments, num_kernels=options.kernels)
+        for kind, layer in (("dynamic", dynamic), ("static", nn.Conv2d(*arguments))):
+            x = torch.randn(options.batch, in_channels, pixels, pixels, device=options.device, requires_grad=True)
+            last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+            layer = layer.to(options.device)
+            passes = {
+                "plain": partial(both_passes, layer, x),
+                "channels_last": partial(both_passes, copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
+                "bfloat16": partial(both_passes, layer, x, torch.bfloat16),
+                "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
+            }
+            times = interleaved(passes, options.rounds, options.device)
+            ratios = "".join(f"{times[name] / times['plain']:9.2f}" for name in names[1:])
+            print(f"{shape!s:48}{kind:>8}{times['plain']:9.2f}{ratios}", flush=True)
+            results.append({"shape": shape, "layer": kind, "milliseconds": times})
+    return results
+
+
+def both_passes(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Run a layer forward and backward."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        y = layer(x)
+    torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))

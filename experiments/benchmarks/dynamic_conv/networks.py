@@ -1,0 +1,134 @@
+"""Whole networks: a training step with SGD of a batch, forward passes of a batch and of one, and the peak memory.
+
+Each network runs in processes of its own, as in training: beside others it finds memory as they left it, and may take
+half or twice the time.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from dyn_lightning.convert import convert
+from dyn_lightning.cost import peak_bytes
+from dyn_lightning.per_sample.choice import has_triton
+from dyn_lightning.routing import SoftmaxAttention
+from experiments.benchmarks.timing import in_turn, milliseconds
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "MobileNetV2 x0.5": partial(torchvision.models.mobilenet_v2, width_mult=0.5),
+    "MobileNetV2": torchvision.models.mobilenet_v2,
+    "ResNet-18": torchvision.models.resnet18,
+    "ResNet-50": torchvision.models.resnet50,
+    "EfficientNet-B0": partial(timm.create_model, "efficientnet_b0"),
+}
+JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
+STEPS = 3  # that are timed in a process, after one that is not
+
+
+class PeerConv2d(nn.Module):
+    """timm's ``CondConv2d`` with Dynamic Convolution's attention, as a drop-in for ``nn.Conv2d``."""
+
+    def __init__(self, num_kernels: int, **options: Any) -> None:
+        super().__init__()
+        self.router = SoftmaxAttention(options["in_channels"], num_kernels, 4, 30.0)
+        self.conv = timm.layers.CondConv2d(**options, num_experts=num_kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``(B, C_in, H, W)``."""
+        return self.conv(x, self.router(x))
+
+
+def names(options: Any) -> list[str]:
+    """Name what is measured on a device beside the one that is chosen."""
+    triton = ["triton"] if options.device.type == "cuda" and has_triton() else []
+    return ["static", "grouped", "matmul", "mixture", "chunked", *triton, "timm"]
+
+
+def head(columns: list[str]) -> str:
+    """Print the heads of a table's columns."""
+    return "".join(f"{name:>9}" for name in columns)
+
+
+def make_step(model: nn.Module, batch: int, training: bool, size: int, options: Any) -> Callable[[], None]:
+    """Make a training step with SGD, or a forward pass in eval mode."""
+    model = model.to(options.device).train(training)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, size, size, device=options.device)
+    labels = torch.arange(batch, device=options.device) % 1000
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        with (
+            torch.set_grad_enabled(training),
+            torch.autocast(options.device.type, options.dtype, enabled=options.dtype != torch.float32),
+        ):
+            logits = model(x)
+        if training:
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def converted(build: Callable[[], nn.Module], name: str, kernels: int) -> nn.Module:
+    """Build a network with static convolutions, timm's, or ours by a method."""
+    torch.manual_seed(0)
+    model = build()
+    if name == "timm":
+        convert(model, PeerConv2d, num_kernels=kernels)
+    elif name != "static":
+        convert(model, "dynamic", num_kernels=kernels, method=name)
+    return model
+
+
+def measure(network: str, name: str, size: int, batch: int, training: bool, options: Any) -> tuple[list[float], float]:
+    """Give the milliseconds of some steps, and the MiB that one takes beyond parameters and momentum."""
+    torch.set_num_threads(options.threads)
+    step = make_step(converted(NETWORKS[network], name, options.kernels), batch, training, size, options)
+    step()
+    times = [milliseconds(step, 1, options.device) for _ in range(STEPS)]
+    return times, round(peak_bytes(step, options.device) / 2**20, 1)
+
+
+def networks(options: Any) -> list[dict[str, Any]]:
+    """Measure whole networks, time and peak memory."""
+    results = []
+    columns = [*names(options), "auto"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    for job, (batch, training) in JOBS.items():
+        batch = batch or options.batch
+        print(
+            f"\n{job}, batch {batch}: milliseconds of the static network, and MiB beyond parameters and momentum, then "
+            "relative to it; auto / best method"
+        )
+        print(f"{'network':26}{'':>5}{'static':>9}" + head(columns[1:]) + f"{'of best':>9}")
+        for size in options.sizes:
+            for network in options.networks:
+                peaks: dict[str, float] = {}
+
+                def times_of(name: str) -> list[float]:
+                    arguments = (network, name, size, batch, training, options)  # noqa: B023
+                    with context.Pool(1) as pool:
+                        times, peaks[name] = pool.apply(measure, arguments)  # noqa: B023
+                    return times
+
+                times = in_turn(times_of, columns, options.rounds, patience=4, sure=1)
+                best = min(time for name, time in times.items() if name not in ("static", "timm"))
+                for unit, values in (("ms", times), ("MiB", peaks)):
+                    ratios = "".join(f"{values[name] / values['static']:9.2f}" for name in columns[1:])
+                    last = f"{times['auto'] / best:9.2f}" if unit == "ms" else ""
+                    print(f"{f'{network}, {size} px':26}{unit:>5}{values['static']:9.1f}{ratios}{last}", flush=True)
+                about = {"job": job, "batch": batch, "network": network, "size": size}
+                results.append({**about, "milliseconds": times, "MiB": peaks})
+    return results
