@@ -106,7 +106,8 @@ def test_draws_every_part(tmp_path: Path) -> None:
         "growth": [{"batch": b, "milliseconds": {"static": 1.0, "K = 1": 2.0, "K = 2": 3.0}} for b in range(1, 6)],
         "modes": [],
     }
-    paths = draw({"device": "a CPU", "torch": "2", "date": "today", "results": results}, tmp_path / "new")
+    run = {"device": "a CPU", "torch": "2", "date": "today", "kernels": 4, "dtype": "float32", "channels_last": False}
+    paths = draw({**run, "results": results}, tmp_path / "new")
     assert [path.name for path in paths] == ["layers.png", "networks.png", "growth.png"]
     assert all(path.stat().st_size > 5000 for path in paths)
 

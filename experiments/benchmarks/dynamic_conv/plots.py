@@ -18,7 +18,7 @@ COLOURS = {
     "matmul": "#fdae6b",
     "mixture": "#c994c7",
     "chunked": "#a1d99b",
-    "triton": "#74a9cf",
+    "triton": "#8c6d31",
     "auto": "#d62728",
 }
 NAMES = {"timm": "timm's CondConv2d", "auto": "auto (this package)"}
@@ -31,7 +31,9 @@ def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
     for part, results in measured["results"].items():
         if part in PLOTS:
             figure = PLOTS[part](results)
-            figure.supxlabel(f"{measured['device']}, torch {measured['torch']}, {measured['date']}", fontsize=8)
+            how = f"K = {measured['kernels']}, {measured['dtype']}" + ", channels_last" * measured["channels_last"]
+            where = f"{measured['device']}, torch {measured['torch']}, {measured['date']}"
+            figure.supxlabel(f"{how if part != 'growth' else measured['dtype']}; {where}", fontsize=8)
             paths.append(folder / f"{part}.png")
             figure.savefig(paths[-1], dpi=110)
             plt.close(figure)
@@ -49,7 +51,8 @@ def networks(results: list[dict[str, Any]]) -> Any:
         for position, (method, colour) in enumerate(shown.items()):
             ratios = [row["milliseconds"][method] / row["milliseconds"]["static"] for row in rows]
             places = [place + (position - (len(shown) - 1) / 2) * width for place in range(len(rows))]
-            axis.bar(places, ratios, width, color=colour, label=NAMES.get(method, method))
+            faster = [ratio - 1 for ratio in ratios]  # up is slower than static, down is faster
+            axis.bar(places, faster, width, bottom=1, color=colour, label=NAMES.get(method, method))
         axis.set_xticks(range(len(rows)), [f"{row['network']}\n{row['size']} px" for row in rows], fontsize=8)
         axis.set_ylabel("time / static network's")
         axis.set_title(f"{job}, batch {rows[0]['batch']}", fontsize=10)
@@ -70,22 +73,17 @@ def layers(results: list[dict[str, Any]]) -> Any:
             kinds[kind].append((times["timm"] / times["static"], times[row["auto"]] / times["static"]))
         for kind, points in kinds.items():
             axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=f"{kind} ({len(points)})")
-        ends = (min(min(axis.get_xlim()[0], axis.get_ylim()[0]), 0.1), max(axis.get_xlim()[1], axis.get_ylim()[1]))
+        numbers = [number for points in kinds.values() for point in points for number in point]
+        ends = (min(numbers) / 1.3, max(numbers) * 1.3)
         axis.plot(ends, ends, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("timm's CondConv2d / static convolution")
-        axis.set_title(f"{job}, batch {row_of(results, job)['batch']}", fontsize=10)
+        axis.set_title(f"{job}, batch {next(row['batch'] for row in results if row['job'] == job)}", fontsize=10)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("auto / static convolution\n(below the line: faster than timm's)")
     return figure
-
-
-def row_of(results: list[dict[str, Any]], job: str) -> dict[str, Any]:
-    """Give the first result of a job."""
-    return next(result for result in results if result["job"] == job)
 
 
 def growth(results: list[dict[str, Any]]) -> Any:
@@ -120,5 +118,5 @@ PLOTS = {"networks": networks, "layers": layers, "growth": growth}
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
+    where = Path(sys.argv[1] if len(sys.argv) > 1 else sys.exit("name the folder"))
     print(*draw(json.loads((where / "dynamic_conv.json").read_text()), where), sep="\n")
