@@ -40,9 +40,18 @@ def test_folding() -> None:
     assert round(100 * (parameters(names["model"]) / parameters(resnet18()) - 1), 1) == 2.4
 
 
+def test_methods_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(blocks("python")[2], {})
+    *table, summary, chosen = capsys.readouterr().out.splitlines()
+    assert table[0].split()[-1] == "method"
+    assert summary.startswith("51 of 52 convolutions replaced")
+    assert [line.split()[0] for line in table if line.endswith("chunked")][0] == "features.1.conv.0.0"
+    assert chosen == "mixture"
+
+
 def test_a_layer_of_your_own() -> None:
     module = types.ModuleType("my_package")
-    exec(blocks("python")[2], vars(module))
+    exec(blocks("python")[3], vars(module))
     model = resnet18()
     convert(model, module.MyConv2d, kernels=5)
     with watch(model) as routing:

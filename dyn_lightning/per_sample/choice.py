@@ -64,7 +64,7 @@ CACHED_BYTES = 8 << 20
 # page, each time. Chunks are faster from about there on.
 KEPT_BYTES = 32 << 20
 # The mixture has to be so many times as fast, since it holds the outputs of all K kernels.
-WORTH_IT = 1.1
+WORTH_IT = 1.15
 # Positions of one sample's output up to which a product takes less time than to begin a convolution.
 SMALL_MAP = 16
 
@@ -128,7 +128,7 @@ class Case(NamedTuple):
     def made_anew(self) -> int:
         """Numbers of the largest tensors that mixing first makes, and chunks do not."""
         if self.is_product:  # both write the maps where they belong; chunks mix twice, K multiply-adds a weight
-            return 8 * self.mixed_weights // self.weight[0]
+            return 4 * self.mixed_weights // self.weight[0]
         maps = (math.prod(self.input), self.outputs)
         return max(sum(maps) if self.training else max(maps), self.mixed_weights)
 
@@ -213,7 +213,7 @@ def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
         return "matmul" if case.is_product or case.positions <= SMALL_MAP else "grouped"
-    made_anew = case.made_anew * case.bytes_each > KEPT_BYTES
+    made_anew = case.made_anew * case.bytes_each >= KEPT_BYTES
     if case.device == "cpu" and (made_anew or (case.is_depthwise and case.channels_last)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions <= FEW_POSITIONS  # what is left of depthwise ones

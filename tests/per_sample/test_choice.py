@@ -33,6 +33,7 @@ PADDED: dict[str, Any] = {"padding": 1}
         ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "chunked"),
         ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
         ((32, 960, 1, 1), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "matmul"),
+        ((32, 192, 2, 2), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
         ((32, 576, 2, 2), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped"),
         ((32, 192, 28, 28), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "chunked"),
         # ResNet: few and many weights beside the pixels
@@ -49,11 +50,8 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
 
 
 def test_evaluation_may_choose_otherwise() -> None:
-    tensors = torch.empty(32, 128, 6, 6), torch.empty(4, 128, 128, 3, 3)
-    assert [choose_method(*tensors, padding=1, training=training) for training in (True, False)] == [
-        "mixture",
-        "grouped",
-    ]
+    tensors = torch.empty(32, 512, 4, 4), torch.empty(4, 128, 512, 1, 1)
+    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["mixture", "matmul"]
 
 
 class TestMemory:
