@@ -57,6 +57,7 @@ def networks(results: list[dict[str, Any]]) -> Any:
         axis.set_ylabel("time / static network's")
         axis.set_title(f"{job}, batch {rows[0]['batch']}", fontsize=10)
         _logarithmic(axis)
+        axis.axhline(1, color="black", linewidth=0.8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, fontsize=8, loc="outside upper center")
     return figure
 
@@ -64,7 +65,7 @@ def networks(results: list[dict[str, Any]]) -> Any:
 def layers(results: list[dict[str, Any]]) -> Any:
     """Each layer shape as a point: timm's time and ours, both beside the static convolution's."""
     jobs = list(dict.fromkeys(result["job"] for result in results))
-    figure, axes = plt.subplots(1, len(jobs), figsize=(4.4 * len(jobs), 4.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(jobs), figsize=(4.4 * len(jobs), 5), layout="constrained", squeeze=False)
     for job, axis in zip(jobs, axes[0], strict=True):
         kinds: dict[str, list[tuple[float, float]]] = {"1x1": [], "depthwise": [], "k x k": []}
         for row in (result for result in results if result["job"] == job):
@@ -97,7 +98,7 @@ def growth(results: list[dict[str, Any]]) -> Any:
         axis.axhline(static, color=colour, linestyle=":", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.set_xticks(kernels, [str(number) for number in kernels])
-    axis.set_yscale("log")
+    _logarithmic(axis)
     axis.set_xlabel("K, the kernels that are mixed")
     axis.set_ylabel("milliseconds a training step")
     axis.set_title("ResNet-18, 32 px: dynamic (lines) and static (dotted)", fontsize=10)
@@ -110,7 +111,6 @@ def _logarithmic(axis: Axes) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.axhline(1, color="black", linewidth=0.8)
     axis.grid(axis="y", which="major", linewidth=0.3)
 
 
