@@ -147,13 +147,14 @@ def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, m
     """Say all that the choice of a method depends on."""
     channels_last = is_channels_last(input)
     where = (input.element_size(), input.device.type, channels_last, channels_last or input.is_contiguous())
-    return Case(_hints(input.shape), _hints(weight.shape), geometry, *where, training, max_mixed_bytes)
+    images, kernels = input.shape, weight.shape
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        images, kernels = _hints(images), _hints(kernels)
+    return Case(images, kernels, geometry, *where, training, max_mixed_bytes)
 
 
 def _hints(shape: torch.Size) -> torch.Size:
     """Give an export's open sizes the values of its example, since a choice by the open ones would fix them."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
-        return shape
     return torch.Size([size.node.hint if isinstance(size, torch.SymInt) else size for size in shape])
 
 

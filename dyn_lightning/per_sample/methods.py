@@ -62,9 +62,9 @@ def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: a matrix product with the unfolded sample."""
     batch, out_channels = kernels.shape[:2]
-    matrices = kernels.reshape(batch * geometry.groups, out_channels // geometry.groups, -1)
-    patches = unfolded(input, kernels.shape[3:], geometry)
-    patches = patches.reshape(len(matrices), matrices.shape[2], patches.shape[2])
+    patches, products = unfolded(input, kernels.shape[3:], geometry), batch * geometry.groups
+    matrices = kernels.reshape(products, out_channels // geometry.groups, -1)
+    patches = patches.reshape(products, matrices.shape[2], -1)
     if geometry.groups == 1 and patches.stride(1) == 1 < patches.stride(2):  # channels_last comes out as it went in
         product = torch.bmm(patches.mT, matrices.mT).mT
     else:
@@ -122,7 +122,9 @@ def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tens
         return F.unfold(input, tuple(kernel_size), geometry.dilation, geometry.padding, geometry.stride)
     rows, columns = geometry.padding
     input = F.pad(input, (columns, columns, rows, rows)) if any(geometry.padding) else input
-    return input[:, :, :: geometry.stride[0], :: geometry.stride[1]].flatten(2)
+    if geometry.stride != (1, 1):
+        input = input[:, :, :: geometry.stride[0], :: geometry.stride[1]]
+    return input.flatten(2)
 
 
 def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -4,6 +4,7 @@ Each network runs in processes of its own, as in training: beside others it find
 half or twice the time.
 """
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet-B0": partial(timm.create_model, "efficientnet_b0"),
 }
 JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
-STEPS = 3  # that are timed in a process, after one that is not
+STEPS = 3  # that are timed in a process, at least, after two that are not
 
 
 class PeerConv2d(nn.Module):
@@ -96,7 +97,9 @@ def measure(network: str, name: str, size: int, batch: int, training: bool, opti
     torch.set_num_threads(options.threads)
     step = make_step(converted(NETWORKS[network], name, options.kernels), batch, training, size, options)
     step()
-    times = [milliseconds(step, 1, options.device) for _ in range(STEPS)]
+    again = milliseconds(step, 1, options.device)
+    count = max(STEPS, min(20, math.ceil(1000 / again)))
+    times = [milliseconds(step, 1, options.device) for _ in range(count)]
     return times, round(peak_bytes(step, options.device) / 2**20, 1)
 
 
