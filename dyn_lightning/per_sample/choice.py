@@ -56,7 +56,8 @@ METHODS: dict[str, Method] = {
 
 CHOICES = ("auto", "benchmark", *METHODS)
 
-# Bytes that a layer may take for mixed kernels, or for the outputs of all K kernels, where its method is chosen for it.
+# Bytes that a layer may take for mixed kernels, or for the outputs of all K kernels, and for the gradients of these,
+# where its method is chosen for it.
 MAX_MIXED_BYTES = 256 << 20
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
@@ -177,7 +178,8 @@ class Costs(NamedTuple):
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
-# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to three runs on two x86-64 cores, with K = 4, 4 and 16.
+# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to three runs on two x86-64 cores, with K = 4, 4 and 16,
+# which are not kept.
 CPU_COSTS = {
     (True, True): Costs(3090, 56, 38, 1600, 3740),
     (True, False): Costs(1070, 17.5, 15.4, 590, 1050),
@@ -201,8 +203,8 @@ def choose(case: Case) -> str:
         return "matmul" if case.is_product else "grouped"
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
-    within = methods_within(case)
-    first = mixed_first(case) if mixed_first(case) in within else "chunked"
+    within, first = methods_within(case), mixed_first(case)
+    first = first if first in within else "chunked"
     # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
     if case.input[0] == 1 or case.is_depthwise or "mixture" not in within:
         return first

@@ -9,7 +9,8 @@ Side by side in one run, interleaved, medians. ``layers``: each layer shape of M
 EfficientNet-B0 at 224 and 32 px (forward and backward pass of a batch of 32, forward pass of 32 and of 1; no router, no
 optimizer). ``networks``: these networks whole (training step with SGD of a batch of 32, forward pass of 32 and of 1),
 and the peak memory. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and what explains it.
-``modes``: single layers in channels_last, in bfloat16 and compiled. About 15, 40, 3 and 2 minutes on two cores. Prints
+``modes``: single layers in channels_last, in bfloat16 and compiled. ``layers`` takes a
+quarter of an hour on two cores, ``growth`` and ``modes`` a few minutes, ``networks`` the longest. Prints
 tables, draws a plot of each of the first three parts into ``--out``, and ends with one line of JSON.
 """
 

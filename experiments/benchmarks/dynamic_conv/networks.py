@@ -1,7 +1,6 @@
 """Whole networks: a training step with SGD of a batch, forward passes of a batch and of one, and the peak memory.
 
-Each network runs in processes of its own, as in training: beside others it finds memory as they left it, and may take
-half or twice the time.
+Each network runs in processes of its own, as in training: beside others its time depends on the memory that they left.
 """
 
 import math
@@ -103,12 +102,26 @@ def measure(network: str, name: str, size: int, batch: int, training: bool, opti
     return times, round(peak_bytes(step, options.device) / 2**20, 1)
 
 
+def in_processes(
+    columns: list[str], network: str, size: int, batch: int, training: bool, options: Any
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Give the median milliseconds and the MiB of each, measured in turn, a process each time."""
+    peaks: dict[str, float] = {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def times_of(name: str) -> list[float]:
+        with context.Pool(1) as pool:
+            times, peaks[name] = pool.apply(measure, (network, name, size, batch, training, options))
+        return times
+
+    return in_turn(times_of, columns, options.rounds, patience=4, sure=1), peaks
+
+
 def networks(options: Any) -> list[dict[str, Any]]:
     """Measure whole networks, time and peak memory."""
     results = []
     columns = [*names(options), "auto"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     for job, (batch, training) in JOBS.items():
         batch = batch or options.batch
         print(
@@ -118,15 +131,7 @@ def networks(options: Any) -> list[dict[str, Any]]:
         print(f"{'network':26}{'':>5}{'static':>9}" + head(columns[1:]) + f"{'of best':>9}")
         for size in options.sizes:
             for network in options.networks:
-                peaks: dict[str, float] = {}
-
-                def times_of(name: str) -> list[float]:
-                    arguments = (network, name, size, batch, training, options)  # noqa: B023
-                    with context.Pool(1) as pool:
-                        times, peaks[name] = pool.apply(measure, arguments)  # noqa: B023
-                    return times
-
-                times = in_turn(times_of, columns, options.rounds, patience=4, sure=1)
+                times, peaks = in_processes(columns, network, size, batch, training, options)
                 best = min(time for name, time in times.items() if name not in ("static", "timm"))
                 for unit, values in (("ms", times), ("MiB", peaks)):
                     ratios = "".join(f"{values[name] / values['static']:9.2f}" for name in columns[1:])
