@@ -27,8 +27,8 @@ def reduced(
         input = F.pad(input, plan.zeros)
     if plan.step != (1, 1):
         input = input[:, :, :: plan.step[0], :: plan.step[1]]
-    for axis, (first, last) in plan.kept.items():
-        weight = weight.narrow(axis, first, last - first + 1)
+    if plan.unseen:
+        weight = F.pad(weight, plan.unseen)  # cut by a pad: its gradient is widened in one pass
     return input, weight, plan.geometry
 
 
@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
 
     zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
     step: Pair  # of the pixels that 1x1 kernels see
-    kept: dict[int, Pair]  # by axis of the weight, the first and last index that sees more than padding
+    unseen: tuple[int, ...]  # what is cut off kernels, negative, for F.pad
     geometry: Geometry
 
 
@@ -46,8 +46,8 @@ def _plan(
     input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
 ) -> _Plan:
     zeros, sides = padding_in_numbers(input, padding, (weight[3], weight[4]), steps, distances)
-    size, lengths, kept = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:]), {}
-    padded = list(sides)
+    size, lengths = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:])
+    padded, unseen = list(sides), [0, 0, 0, 0]
     for axis in (0, 1):
         # Of 3x3 kernels on one pixel, the middle is left. One sample gains nothing by it: all K kernels are read.
         count = output_length(size[axis], lengths[axis], steps[axis], padded[axis], distances[axis])
@@ -62,10 +62,12 @@ def _plan(
         # Nothing is cut off where the padding would have to differ between the sides.
         even = left >= 0 and output_length(size[axis], length, steps[axis], left, distances[axis]) == count
         if input[0] > 1 and 0 < length < lengths[axis] and even:
-            kept[3 + axis], lengths[axis], padded[axis] = (first, last), length, left
+            unseen[2 - 2 * axis : 4 - 2 * axis] = -first, last + 1 - lengths[axis]
+            lengths[axis], padded[axis] = length, left
     step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
     steps = (1, 1) if step == steps else steps
-    return _Plan(zeros, step, kept, Geometry(steps, (padded[0], padded[1]), distances, groups))
+    geometry = Geometry(steps, (padded[0], padded[1]), distances, groups)
+    return _Plan(zeros, step, tuple(unseen) if any(unseen) else (), geometry)
 
 
 def padding_in_numbers(
