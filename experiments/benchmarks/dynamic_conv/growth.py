@@ -14,26 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import evaluating, methods, parameters
 from dyn_lightning.functional import prepared
 from dyn_lightning.layers import DynamicConv2d
-from experiments.benchmarks.dynamic_conv.networks import NETWORKS, converted, head, make_step
-from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.dynamic_conv.networks import NETWORKS, converted, head, in_processes
 
-KERNELS, BATCHES, SIZE = (1, 2, 4, 8, 16), (8, 32, 128, 256), 32
+NETWORK, KERNELS, BATCHES, SIZE = "ResNet-18", (1, 2, 4, 8, 16), (8, 32, 128, 256), 32
 
 
 def growth(options: Any) -> list[dict[str, Any]]:
     """Measure the training step of ResNet-18 at 32 px over K and the batch, and explain it by what there is to do."""
     results: list[dict[str, Any]] = []
-    columns = [f"K = {kernels}" for kernels in KERNELS]
-    print("\nResNet-18, 32 px, training step: milliseconds of the static network, then relative to it by K")
-    print(f"{'batch':8}{'static':>9}" + head(columns))
+    columns = {"static": ("static", 1)} | {f"K = {kernels}": ("auto", kernels) for kernels in KERNELS}
+    print(f"\n{NETWORK}, {SIZE} px, training step: milliseconds of the static network, then relative to it by K")
+    print(f"{'batch':8}" + head([*columns]))
     for batch in BATCHES:
-        build = NETWORKS["ResNet-18"]
-        models = {"static": build()} | {f"K = {kernels}": converted(build, "auto", kernels) for kernels in KERNELS}
-        steps = {name: make_step(model, batch, True, SIZE, options) for name, model in models.items()}
-        work = {name: work_of(model, batch, options.device) for name, model in models.items()}
-        times = interleaved(steps, options.rounds, options.device)
-        ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in columns)
+        times, _ = in_processes(columns, NETWORK, SIZE, batch, True, options)
+        ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in [*columns][1:])
         print(f"{batch:<8}{times['static']:9.1f}{ratios}", flush=True)
+        models = {name: converted(NETWORKS[NETWORK], *column).to(options.device) for name, column in columns.items()}
+        work = {name: work_of(model, batch, options.device) for name, model in models.items()}
         results.append({"batch": batch, "milliseconds": times, "work": work})
     print(explained(results))
     return results

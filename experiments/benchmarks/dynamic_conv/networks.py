@@ -5,7 +5,7 @@ Each network runs in processes of its own, as in training: beside others its tim
 
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -91,10 +91,12 @@ def converted(build: Callable[[], nn.Module], name: str, kernels: int) -> nn.Mod
     return model
 
 
-def measure(network: str, name: str, size: int, batch: int, training: bool, options: Any) -> tuple[list[float], float]:
+def measure(
+    network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any
+) -> tuple[list[float], float]:
     """Give the milliseconds of some steps, and the MiB that one takes beyond parameters and momentum."""
     torch.set_num_threads(options.threads)
-    step = make_step(converted(NETWORKS[network], name, options.kernels), batch, training, size, options)
+    step = make_step(converted(NETWORKS[network], name, kernels), batch, training, size, options)
     step()
     again = milliseconds(step, 1, options.device)
     count = max(STEPS, min(20, math.ceil(1000 / again)))
@@ -103,19 +105,20 @@ def measure(network: str, name: str, size: int, batch: int, training: bool, opti
 
 
 def in_processes(
-    columns: list[str], network: str, size: int, batch: int, training: bool, options: Any
+    columns: Mapping[str, tuple[str, int]], network: str, size: int, batch: int, training: bool, options: Any
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Give the median milliseconds and the MiB of each, measured in turn, a process each time."""
+    """Give the median milliseconds and the MiB of each (method, K), measured in turn, a process each time."""
     peaks: dict[str, float] = {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
-    def times_of(name: str) -> list[float]:
+    def times_of(column: str) -> list[float]:
         with context.Pool(1) as pool:
-            times, peaks[name] = pool.apply(measure, (network, name, size, batch, training, options))
+            settings = (network, *columns[column], size, batch, training, options)
+            times, peaks[column] = pool.apply(measure, settings)
         return times
 
-    return in_turn(times_of, columns, options.rounds, patience=4, sure=1), peaks
+    return in_turn(times_of, [*columns], options.rounds, patience=4, sure=1), peaks
 
 
 def networks(options: Any) -> list[dict[str, Any]]:
@@ -131,7 +134,8 @@ def networks(options: Any) -> list[dict[str, Any]]:
         print(f"{'network':26}{'':>5}{'static':>9}" + head(columns[1:]) + f"{'of best':>9}")
         for size in options.sizes:
             for network in options.networks:
-                times, peaks = in_processes(columns, network, size, batch, training, options)
+                models = {name: (name, options.kernels) for name in columns}
+                times, peaks = in_processes(models, network, size, batch, training, options)
                 best = min(time for name, time in times.items() if name not in ("static", "timm"))
                 for unit, values in (("ms", times), ("MiB", peaks)):
                     ratios = "".join(f"{values[name] / values['static']:9.2f}" for name in columns[1:])
