@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from dyn_lightning.functional import check_count
+from dyn_lightning.checks import check_count
 from dyn_lightning.routing import named_routers, watch
 
 

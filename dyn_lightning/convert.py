@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from dyn_lightning.conv2d import SAME_PADDED, conv2d_arguments, with_kernel_size
 from dyn_lightning.fold import norms_behind
-from dyn_lightning.functional import SAME_PADDED, conv2d_arguments, with_kernel_size
 from dyn_lightning.layers import (
     CONVS,
     CompConv2d,

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dyn_lightning import functional
+from dyn_lightning import checks, conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.layers.dg_conv import PermutedConv2d
 from dyn_lightning.layers.involution import involve
 from dyn_lightning.protocols import Foldable
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, functional.BatchNorm2d)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, conv2d.BatchNorm2d)
 # By name, since timm need not be installed: it is a batch norm with dropout and activation behind it.
 NORM_WITH_ACTIVATION = "BatchNormAct2d"
 
@@ -111,13 +111,13 @@ class ChannelShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shift ``(B, C, H, W)``."""
-        return functional.add_bias(x, self.shift)
+        return conv2d.add_bias(x, self.shift)
 
 
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         # These cannot be followed: they ask for dimensions or the layout, or differentiate by themselves.
-        super().__init__(autowrap_functions=(functional.check_batched, functional.in_format_of, involve))
+        super().__init__(autowrap_functions=(checks.check_batched, conv2d.in_format_of, involve))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -195,7 +195,7 @@ def _absorb(layer: Any, norm: Any) -> nn.Module | None:
     if norm.bias is not None:
         shift = shift + norm.bias
     rest: nn.Module = nn.Identity()
-    if type(layer) in (nn.Conv2d, PermutedConv2d) or type(layer).__name__ == functional.SAME_PADDED:
+    if type(layer) in (nn.Conv2d, PermutedConv2d) or type(layer).__name__ == conv2d.SAME_PADDED:
         _scale_(layer, scale, shift)
     elif isinstance(layer, (CondConv2d, DynamicConv2d)):
         dtype = layer.weight.dtype

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from dyn_lightning.functional import check_batched, check_count
+from dyn_lightning.checks import check_batched, check_count
 from dyn_lightning.protocols import Routed
 
 

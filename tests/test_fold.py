@@ -10,10 +10,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from dyn_lightning.conv2d import BatchNorm2d
 from dyn_lightning.convert import convert
 from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.fold import ChannelShift, fold, norms_behind
-from dyn_lightning.functional import BatchNorm2d
 from dyn_lightning.layers import CONVS, DGConv2d, DOConv2d
 from dyn_lightning.layers.dg_conv import PermutedConv2d
 from tests.noise import fill_with_noise_, randomize_norms_

@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn_lightning import functional
-from dyn_lightning.functional import (
-    BatchNorm2d,
-    as_pair,
-    choose_method,
-    dynamic_conv2d,
-    init_kernels_,
-)
+from dyn_lightning.checks import as_pair
+from dyn_lightning.conv2d import BatchNorm2d, init_kernels_
+from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.per_sample.choice import METHODS
 from dyn_lightning.per_sample.methods import mix_kernels, output_size
 from tests.contract import GEOMETRIES

@@ -15,6 +15,7 @@ PACKAGE = "dyn_lightning"
 # A module imports from its own line and those above it. `callbacks` is the folder /callbacks.
 ORDER = [
     {"per_sample", "protocols"},
+    {"checks", "conv2d"},
     {"functional"},
     {"routing"},
     {"layers"},
@@ -26,7 +27,7 @@ ORDER = [
     {"cli", "fit", "ablate", "export"},
 ]
 TRAINING = ("lightning", "pytorch_lightning", "tensorboard", "torchmetrics")
-FIRST_THAT_TRAINS = 6
+FIRST_THAT_TRAINS = 7
 
 
 def sources(root: Path) -> Iterator[tuple[str, Path]]:

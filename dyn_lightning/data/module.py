@@ -11,7 +11,7 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dyn_lightning.functional import check_count
+from dyn_lightning.checks import check_count
 
 
 class ImageDataModule(LightningDataModule):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dyn_lightning.checks import check_count
 from dyn_lightning.data.module import ImageDataModule
-from dyn_lightning.functional import check_count
 
 POOL = 64
 

@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.functional import (
-    Pair,
+from dyn_lightning.checks import Pair, as_geometry, check_batched, check_channels, check_count
+from dyn_lightning.conv2d import (
     add_bias,
-    as_geometry,
-    check_batched,
-    check_channels,
-    check_count,
     conv2d_arguments,
     conv2d_repr,
     copy_bias_,

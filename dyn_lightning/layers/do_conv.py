@@ -7,15 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.functional import (
-    Pair,
-    as_geometry,
-    check_channels,
-    check_count,
-    conv2d_arguments,
-    conv2d_repr,
-    copy_bias_,
-)
+from dyn_lightning.checks import Pair, as_geometry, check_channels, check_count
+from dyn_lightning.conv2d import conv2d_arguments, conv2d_repr, copy_bias_
 
 
 class DOConv2d(nn.Module):

@@ -6,18 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyn_lightning.functional import (
-    MAX_MIXED_BYTES,
-    Pair,
-    as_geometry,
-    check_channels,
-    check_method,
-    conv2d_arguments,
-    conv2d_repr,
-    dynamic_conv2d,
-    flat,
-    init_kernels_,
-)
+from dyn_lightning.checks import Pair, as_geometry, check_channels
+from dyn_lightning.conv2d import conv2d_arguments, conv2d_repr, flat, init_kernels_
+from dyn_lightning.functional import MAX_MIXED_BYTES, check_method, dynamic_conv2d
 from dyn_lightning.routing import SoftmaxAttention
 
 

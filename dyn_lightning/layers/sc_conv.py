@@ -6,19 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.functional import (
-    BatchNorm2d,
-    Pair,
-    add_bias,
-    as_geometry,
-    check_batched,
-    check_channels,
-    check_count,
-    conv2d_arguments,
-    conv2d_repr,
-    copy_bias_,
-    in_format_of,
-)
+from dyn_lightning.checks import Pair, as_geometry, check_batched, check_channels, check_count
+from dyn_lightning.conv2d import BatchNorm2d, add_bias, conv2d_arguments, conv2d_repr, copy_bias_, in_format_of
 
 
 class SelfCalibratedConv2d(nn.Module):

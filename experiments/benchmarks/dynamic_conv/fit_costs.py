@@ -3,26 +3,29 @@
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
 other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``),
-fitted by least squares of the relative error, with no negative number. Prints the numbers for ``choice.py``, and
-the cases where a choice by them is more than 10 % slower than the best method.
+fitted by least squares of the relative error, with no negative number. Prints the numbers for ``choice.py``, the cases
+where a choice by them is more than 10 % slower than the best method, and how good the choices of today's ``choice.py``
+are.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 
 from dyn_lightning.functional import prepared
-from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Case, Costs, case_of, mixed_first
+from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Case, Costs, case_of, choose, methods_within, mixed_first
+from experiments.benchmarks.dynamic_conv.layers import quality
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
 
 
-def rows(path: str) -> list[Result]:
-    """Read what was measured where the choice is open, and which method would be taken that mixes first."""
+def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
+    """Read what was measured of each layer shape."""
     measured = json.loads(Path(path).read_text())
     if "CPU" not in measured["device"] or measured["dtype"] != "float32":
         raise SystemExit(f"{path} is of {measured['device']}, {measured['dtype']}: the model is of a CPU in float32")
@@ -32,10 +35,13 @@ def rows(path: str) -> list[Result]:
         x = torch.empty(result["batch"], in_channels, pixels, pixels)
         weight = torch.empty(measured["kernels"], out_channels, in_channels // groups, size, size)
         tensors = prepared(x, weight, stride, padding, 1, groups)
-        case = case_of(*tensors, result["training"], MAX_MIXED_BYTES)
-        if result["batch"] > 1 and not case.is_depthwise:
-            found.append((case, mixed_first(case), result["milliseconds"]))
+        found.append((case_of(*tensors, result["training"], MAX_MIXED_BYTES), result))
     return found
+
+
+def is_open(case: Case) -> bool:
+    """Tell whether the choice is between mixing the kernels and mixing the outputs."""
+    return case.input[0] > 1 and not case.is_depthwise and "mixture" in methods_within(case)
 
 
 def fit(results: list[Result]) -> Costs:
@@ -53,8 +59,10 @@ def fit(results: list[Result]) -> Costs:
 
 
 def main(paths: list[str]) -> None:
-    """Print the fitted numbers, and the choices by them that would not be best."""
-    results = [row for path in paths for row in rows(path)]
+    """Print the fitted numbers, the choices by them that would not be best, and how good those of ``choice.py`` are."""
+    measured = {path: cases(path) for path in paths}
+    results = [(case, mixed_first(case), result["milliseconds"]) for rows in measured.values() for case, result in rows]
+    results = [row for row in results if is_open(row[0])]
     for kind in sorted({(case.is_product, case.training) for case, *_ in results}, reverse=True):
         these = [row for row in results if (row[0].is_product, row[0].training) == kind]
         costs = fit(these)
@@ -65,6 +73,10 @@ def main(paths: list[str]) -> None:
             if times[chosen] > 1.1 * best:
                 rounded = {name: round(time, 2) for name, time in times.items()}
                 print(f"    {times[chosen] / best:.2f} {chosen:8} {(*case.input,)} {(*case.weight,)}", rounded)
+    for path, rows in measured.items():
+        for job in dict.fromkeys(result["job"] for _, result in rows):
+            chosen = [result | {"auto": choose(case)} for case, result in rows if result["job"] == job]
+            print(f"{path}, {job}, by the numbers of choice.py: {quality(chosen)}")
 
 
 if __name__ == "__main__":
