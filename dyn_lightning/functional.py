@@ -10,7 +10,8 @@ from dyn_lightning.checks import as_padding, as_steps, check_batched, check_coun
 from dyn_lightning.conv2d import in_format_of
 from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, case_of, choose, fastest, run
 from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
-from dyn_lightning.per_sample.reduction import reduced
+from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
+from dyn_lightning.per_sample.tracing import remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
@@ -68,10 +69,10 @@ def dynamic_conv2d(
         >>> dynamic_conv2d(x, routing, weight, padding=1).shape
         torch.Size([2, 6, 7, 6])
     """
-    _check_shapes(input, routing, weight, bias, groups)
     check_method(method, max_mixed_bytes)
-    full = input
+    full, kernels = input, weight
     input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
+    _check_rows(full, routing, kernels, bias)
     input, weight, routing = _in_one_type(input, weight, routing.to(weight.dtype))
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     case = case_of(input, weight, geometry, training, max_mixed_bytes)
@@ -123,7 +124,6 @@ def choose_method(
         >>> choose_method(torch.empty(32, 960, 1, 1), torch.empty(4, 160, 960, 1, 1))
         'mixture'
     """
-    _check_shapes(input, input.new_empty(len(input), len(weight)), weight, None, groups)
     check_method("auto", max_mixed_bytes)
     input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
     input, weight = _in_one_type(input, weight)
@@ -149,9 +149,37 @@ def prepared(
     dilation: int | Pair,
     groups: int,
 ) -> tuple[Tensor, Tensor, Geometry]:
-    """Check a convolution's numbers, and bring it to the least that is to be computed."""
+    """Check a convolution's shapes and numbers, and bring it to the least that is to be computed."""
+    check_batched(input)
+    check_count("groups", groups)
     numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
-    return reduced(input, weight, *numbers, groups)
+    return reduced(input, weight, _plan(input.shape, weight.shape, *numbers, groups))
+
+
+@remembered
+def _plan(
+    input: torch.Size, weight: torch.Size, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> Plan:
+    if len(weight) != 5:
+        raise ValueError(f"weight of shape {tuple(weight)} must be (K, C_out, C_in / groups, kH, kW)")
+    _, out_channels, group_channels, *_ = weight
+    if input[1] != group_channels * groups or out_channels % groups:
+        raise ValueError(
+            f"input of {input[1]} channels and groups={groups} must agree with weight of shape {tuple(weight)}: "
+            f"C_in = {group_channels} * groups, and groups must divide C_out = {out_channels}"
+        )
+    return plan_of(input, weight, stride, padding, dilation, groups)
+
+
+def _check_rows(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    kernels, out_channels = weight.shape[:2]
+    if routing.shape != (input.shape[0], kernels):
+        raise ValueError(
+            f"routing of shape {tuple(routing.shape)} must be (B, K) = ({input.shape[0]}, {kernels}): B as in input of "
+            f"shape {tuple(input.shape)}, K as in weight of shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (kernels, out_channels):
+        raise ValueError(f"bias of shape {tuple(bias.shape)} must be (K, C_out) = ({kernels}, {out_channels})")
 
 
 def _in_one_type(input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -167,23 +195,3 @@ def _in_one_type(input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor
     if tensors[0].dtype != tensors[1].dtype:
         raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
     return tensors
-
-
-def _check_shapes(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    check_batched(input)
-    check_count("groups", groups)
-    if weight.dim() != 5:
-        raise ValueError(f"weight of shape {tuple(weight.shape)} must be (K, C_out, C_in / groups, kH, kW)")
-    kernels, out_channels, group_channels = weight.shape[:3]
-    if routing.shape != (input.shape[0], kernels):
-        raise ValueError(
-            f"routing of shape {tuple(routing.shape)} must be (B, K) = ({input.shape[0]}, {kernels}): B as in input of "
-            f"shape {tuple(input.shape)}, K as in weight of shape {tuple(weight.shape)}"
-        )
-    if input.shape[1] != group_channels * groups or out_channels % groups:
-        raise ValueError(
-            f"input of {input.shape[1]} channels and groups={groups} must agree with weight of shape "
-            f"{tuple(weight.shape)}: C_in = {group_channels} * groups, and groups must divide C_out = {out_channels}"
-        )
-    if bias is not None and bias.shape != (kernels, out_channels):
-        raise ValueError(f"bias of shape {tuple(bias.shape)} must be (K, C_out) = ({kernels}, {out_channels})")

@@ -89,7 +89,7 @@ class TestMethods:
         assert found["features.1.conv.0.0"] == "chunked"  # depthwise, 112 x 112
         assert found["features.2.conv.0.0"] == "matmul"
         assert set(methods(model, (3, 224, 224), batch_size=1, training=False).values()) == {"grouped", "matmul"}
-        assert set(methods(model, (3, 32, 32), batch_size=1, training=False).values()) == {"grouped", "matmul"}
+        assert set(methods(model, (3, 32, 32), batch_size=1, training=False).values()) == {"matmul"}
         assert model.training
         assert all(buffer.isfinite().all() for buffer in model.buffers())
 

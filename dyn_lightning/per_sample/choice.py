@@ -66,8 +66,8 @@ CACHED_BYTES = 8 << 20
 KEPT_BYTES = 32 << 20
 # The mixture has to be so many times as fast, since it holds the outputs of all K kernels.
 WORTH_IT = 1.15
-# Positions of one sample's output up to which a product takes less time than to begin a convolution.
-SMALL_MAP = 16
+# Numbers of one sample's unfolded input up to which its product takes less time than to begin a convolution.
+FEW_PATCHES = 100_000
 
 
 class Case(NamedTuple):
@@ -128,8 +128,10 @@ class Case(NamedTuple):
     @property
     def made_anew(self) -> int:
         """Numbers of the largest tensors that mixing first makes, and chunks do not."""
-        if self.is_product:  # both write the maps where they belong; chunks mix twice, K multiply-adds a weight
-            return 4 * self.mixed_weights // self.weight[0]
+        if self.is_product:  # both write the maps where they belong
+            if not self.training:
+                return 2 * self.mixed_weights
+            return 4 * self.mixed_weights // self.weight[0]  # chunks mix again, K multiply-adds a weight
         maps = (math.prod(self.input), self.outputs)
         return max(sum(maps) if self.training else max(maps), self.mixed_weights)
 
@@ -215,7 +217,7 @@ def choose(case: Case) -> str:
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        return "matmul" if case.is_product or case.positions <= SMALL_MAP else "grouped"
+        return "matmul" if case.is_product or case.patches <= FEW_PATCHES else "grouped"
     made_anew = case.made_anew * case.bytes_each >= KEPT_BYTES
     if case.device == "cpu" and (made_anew or (case.is_depthwise and case.channels_last)):
         return "chunked"
@@ -225,8 +227,9 @@ def mixed_first(case: Case) -> str:
 
 def methods_within(case: Case) -> list[str]:
     """Name the methods whose mixed kernels, unfolded input or outputs of K kernels keep within what is allowed."""
+    copied = 0 if case.dense and not case.channels_last else math.prod(case.input)  # to put the batch into the groups
     numbers = {
-        "grouped": case.mixed_weights,
+        "grouped": max(case.mixed_weights, copied),
         "matmul": max(case.mixed_weights, case.patches),
         "mixture": case.mixture_numbers,
     }

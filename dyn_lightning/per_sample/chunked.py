@@ -141,7 +141,7 @@ def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: T
 
 
 def _convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
-    output.copy_(convolve_each(input, kernels, geometry))
+    output.copy_(convolve_each(input, kernels.flatten(0, 1), geometry))
 
 
 def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:

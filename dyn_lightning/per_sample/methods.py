@@ -52,10 +52,12 @@ def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
 
 
 def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: one convolution, the samples are its groups."""
-    batch = input.shape[0]
-    geometry = geometry._replace(groups=batch * geometry.groups)
-    output = F.conv2d(input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None, *geometry)
+    """Convolve sample b of ``(B, C_in, H, W)`` with its kernels, those from b C_out on of ``(B C_out, C_in, kH, kW)``:
+    one convolution, the samples are its groups.
+    """
+    batch, (stride, padding, dilation, groups) = input.shape[0], geometry
+    together = input.reshape(1, -1, *input.shape[2:])
+    output = F.conv2d(together, kernels, None, stride, padding, dilation, batch * groups)
     return output.view(batch, -1, *output.shape[2:])
 
 
@@ -74,7 +76,8 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and put the batch into the groups of one convolution: the usual form."""
-    return convolve_each(input, mix_kernels(routing, weight), geometry)
+    kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[2:])
+    return convolve_each(input, kernels, geometry)
 
 
 def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

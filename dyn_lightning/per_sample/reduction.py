@@ -8,21 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.methods import Geometry, Pair, output_length
-from dyn_lightning.per_sample.tracing import remembered
 
 
-def reduced(
-    input: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
-) -> tuple[Tensor, Tensor, Geometry]:
+class Plan(NamedTuple):
+    """How a convolution is brought to the least that is to be computed."""
+
+    zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
+    step: Pair  # of the pixels that 1x1 kernels see
+    unseen: tuple[int, ...]  # what is cut off kernels, negative, for F.pad
+    geometry: Geometry
+
+
+def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Geometry]:
     """Leave out of kernels what only ever sees padding, and of the input the pixels that strided 1x1 kernels skip.
 
     Returns:
         Input and weight, and the geometry that is left, with the padding in numbers.
-
-    Raises:
-        ValueError: the kernel is larger than the padded input.
     """
-    plan = _plan(input.shape, weight.shape, stride, padding, dilation, groups)
     if plan.zeros:
         input = F.pad(input, plan.zeros)
     if plan.step != (1, 1):
@@ -32,19 +34,14 @@ def reduced(
     return input, weight, plan.geometry
 
 
-class _Plan(NamedTuple):
-    """How a convolution is brought to the least that is to be computed."""
-
-    zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
-    step: Pair  # of the pixels that 1x1 kernels see
-    unseen: tuple[int, ...]  # what is cut off kernels, negative, for F.pad
-    geometry: Geometry
-
-
-@remembered
-def _plan(
+def plan_of(
     input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
-) -> _Plan:
+) -> Plan:
+    """Find what can be left out of a convolution.
+
+    Raises:
+        ValueError: the kernel is larger than the padded input.
+    """
     zeros, sides = padding_in_numbers(input, padding, (weight[3], weight[4]), steps, distances)
     size, lengths = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:])
     padded, unseen = list(sides), [0, 0, 0, 0]
@@ -67,7 +64,7 @@ def _plan(
     step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
     steps = (1, 1) if step == steps else steps
     geometry = Geometry(steps, (padded[0], padded[1]), distances, groups)
-    return _Plan(zeros, step, tuple(unseen) if any(unseen) else (), geometry)
+    return Plan(zeros, step, tuple(unseen) if any(unseen) else (), geometry)
 
 
 def padding_in_numbers(

@@ -27,6 +27,8 @@ PADDED: dict[str, Any] = {"padding": 1}
         ((1, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((1, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "grouped"),
         ((1, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "matmul"),
+        ((1, 96, 8, 8), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "matmul"),
+        ((1, 96, 14, 14), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "grouped"),
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
         ((32, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
@@ -52,6 +54,8 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
 def test_evaluation_may_choose_otherwise() -> None:
     tensors = torch.empty(32, 512, 4, 4), torch.empty(4, 128, 512, 1, 1)
     assert [choose_method(*tensors, training=training) for training in (True, False)] == ["mixture", "matmul"]
+    tensors = torch.empty(32, 160, 7, 7), torch.empty(4, 960, 160, 1, 1)
+    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["matmul", "chunked"]
 
 
 class TestMemory:
@@ -101,6 +105,14 @@ class TestMemory:
         # A convolution's library may take as much again as the kernels, in a layout of its own.
         times = 1 if weight[3:] == (1, 1) else 1.5 if training else 2
         assert self.beyond(input, weight, geometry, training, method=method, max_mixed_bytes=limit) <= times * limit
+
+    def test_an_input_that_is_copied_into_the_groups_counts(self) -> None:
+        weight, x = torch.empty(4, 8, 8, 3, 3), torch.empty(2, 8, 20, 20)
+        limits: dict[str, Any] = {"training": False, "max_mixed_bytes": 10_000}
+        assert choose_method(x, weight, **PADDED, **limits) == "grouped"
+        last = x.contiguous(memory_format=torch.channels_last)
+        for copied in (x[:, :, :, ::2], last):
+            assert choose_method(copied, weight, **PADDED, **limits) == "chunked"
 
     def test_unfolded_input_counts(self) -> None:
         tensors = torch.empty(1, 512, 4, 4), torch.empty(4, 1, 512, 3, 3)
