@@ -8,7 +8,10 @@ from torch import Tensor
 
 from dyn_lightning.checks import as_padding, as_steps, check_batched, check_count
 from dyn_lightning.conv2d import in_format_of
-from dyn_lightning.per_sample.choice import CHOICES, MAX_MIXED_BYTES, case_of, choose, fastest, run
+from dyn_lightning.per_sample.by_name import CHOICES, run
+from dyn_lightning.per_sample.case import case_of
+from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, choose
+from dyn_lightning.per_sample.fastest import fastest
 from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
 from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
 from dyn_lightning.per_sample.tracing import remembered
@@ -50,12 +53,14 @@ def dynamic_conv2d(
         method: ``"grouped"`` mixes the kernels and puts the batch into the groups of one convolution, ``"matmul"``
             mixes the kernels and multiplies them with the (unfolded) input, ``"mixture"`` convolves with all K kernels
             and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
-            pass again. ``"auto"`` chooses one by a model of their costs (``choose_method``), ``"benchmark"`` times them
-            once a shape (``"auto"`` while compiling). All give the same value and the same gradients.
+            pass again, ``"triton"`` mixes tiles of the kernels where they are used (CUDA). ``"auto"`` chooses one by a
+            model of their costs (``choose_method``), ``"benchmark"`` times them once a shape (``"auto"`` while
+            compiling). All give the same value and the same gradients.
         max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
-            unfolded input or for the outputs of K kernels, with the gradients of these. Where a method would need more,
-            they take another, at last ``"chunked"``, whose chunks keep to it down to one sample and 64 output channels
-            (or all, with groups). What a convolution's library takes for a layout of its own is not counted.
+            unfolded input, for maps in another layout or for the outputs of K kernels, with the gradients of these.
+            Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it down to
+            one sample and 64 output channels (or all, with groups). Not counted: what a convolution's library takes for
+            a layout of its own, and what second derivatives and function transforms take, which mix all kernels.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
@@ -149,7 +154,14 @@ def prepared(
     dilation: int | Pair,
     groups: int,
 ) -> tuple[Tensor, Tensor, Geometry]:
-    """Check a convolution's shapes and numbers, and bring it to the least that is to be computed."""
+    """Check a convolution's shapes and numbers, and bring it to the least that is to be computed.
+
+    Returns:
+        Input and weight without what cannot be seen in the output, and the geometry of their convolution.
+
+    Raises:
+        ValueError: as in ``dynamic_conv2d``.
+    """
     check_batched(input)
     check_count("groups", groups)
     numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))

@@ -2,17 +2,23 @@
 
 import json
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyn_lightning.per_sample.choice import Case, Costs
+from dyn_lightning.cost import parameters
+from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample.case import Case
+from dyn_lightning.per_sample.choice import Costs
 from dyn_lightning.per_sample.methods import Geometry
+from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes
 from experiments.benchmarks.dynamic_conv.__main__ import main
 from experiments.benchmarks.dynamic_conv.fit_costs import fit
-from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained
+from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained, work_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import in_turn, interleaved
@@ -40,15 +46,16 @@ def test_interleaved_calls_the_short_several_times() -> None:
 
 
 def test_fit_finds_the_costs_that_made_the_times() -> None:
-    costs = Costs(5000, 40, 30, 2000, 900)
+    costs = Costs(5000, 300, 40, 30, 2000, 900)
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
-    for channels, pixels in ((64, 56), (128, 28), (512, 7), (64, 8), (256, 2)):
-        shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((4, channels, channels, 3, 3))
+    for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4)):
+        shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
         case = Case(*shapes, geometry, 4, "cpu", False, True, True, 2**28)
-        mixing = costs.per_mixed_weight * case.mixed_weights + costs.per_multiply_add * case.multiply_adds
+        mixing = (costs.per_mixed_weight + kernels * costs.per_mixing) * case.mixed_weights
+        mixing += costs.per_multiply_add * case.multiply_adds
         one = costs.per_mixture_multiply_add * case.multiply_adds + costs.per_output * case.outputs
-        times = {"grouped": mixing * 1e-9, "mixture": (4 * one + costs.per_weight * case.weight.numel()) * 1e-9}
+        times = {"grouped": mixing * 1e-9, "mixture": (kernels * one + costs.per_weight * case.weight.numel()) * 1e-9}
         results.append((case, "grouped", times))
     assert fit(results) == pytest.approx(costs, rel=1e-6)
 
@@ -88,10 +95,69 @@ def test_growth_is_explained() -> None:
     assert said.startswith(
         "time = 3 ns a weight + 5 ns a weight of the mixed kernels + 0.02 ns a multiply-add + 5e+05 ns an image"
     )
-    assert "a weight: at least 28 bytes, at 9.3 GB/s" in said
+    assert "a weight: at least 28 bytes in float32, at 9.3 GB/s" in said
     assert "multiply-adds: 50 G a second" in said
     assert "batch 8, K = 4: weights " in said
     assert "error 0% (median), 0% (most)" in said
+
+
+@pytest.mark.parametrize(("method", "mixed"), [("grouped", 5 * 4 * 3 * 9), ("mixture", 0)])
+def test_work_is_counted(method: str, mixed: int) -> None:
+    layer = DynamicConv2d(3, 4, 3, padding=1, num_kernels=2, method=method)
+    model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    work = work_of(model, 5, torch.device("cpu"))
+    assert work["mixed weights"] == mixed
+    assert work["weights"] == parameters(model)
+    assert work["images"] == 5
+    # Forward, and the weights' gradient; the images need none. Router and classifier are small.
+    passes = 2 * 5 * 4 * 3 * 9 * growth.SIZE**2 * (2 if method == "mixture" else 1)
+    assert passes <= work["multiply-adds"] < 1.1 * passes
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layers_are_measured_and_fitted(
+    channels_last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few: dict[layers.Shape, list[str]] = {(8, 16, 1, 1, 0, 1, 4): ["N"], (8, 8, 3, 1, 1, 1, 4): ["N"]}
+    monkeypatch.setattr(layers, "shapes", lambda: few)
+    main(["layers", "--batch", "2", "--rounds", "1", "--out", str(tmp_path), *["--channels_last"] * channels_last])
+    said = capsys.readouterr().out
+    assert said.count("within 10 % of the best method on ") == len(layers.JOBS)
+    results = json.loads((tmp_path / "dynamic_conv.json").read_text())["results"]["layers"]
+    assert len(results) == len(layers.JOBS) * len(few)
+    for row in results:
+        assert min(*row["milliseconds"].values(), *row["MiB"].values()) > 0
+    fit_costs.main([str(tmp_path / "dynamic_conv.json")])
+    said = capsys.readouterr().out
+    assert said.count(": Costs(") == 4
+    assert said.count("by the numbers of choice.py: auto: within 10 %") == len(layers.JOBS)
+
+
+def test_shapes_are_those_of_the_networks() -> None:
+    found = layers.shapes()
+    assert found[64, 64, 3, 1, 1, 1, 56] == ["ResNet-18, 224 px", "ResNet-50, 224 px"]
+    assert found[160, 960, 1, 1, 0, 1, 1] == ["MobileNetV2, 32 px"]
+
+
+def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(growth, "NETWORK", "MobileNetV2 x0.5")
+    monkeypatch.setattr(growth, "KERNELS", (1, 2, 3))
+    monkeypatch.setattr(growth, "BATCHES", (2,))
+    main(["growth", "--rounds", "1"])
+    said = capsys.readouterr().out
+    (row,) = json.loads(said.splitlines()[-1])["results"]["growth"]
+    assert set(row["milliseconds"]) == set(row["work"]) == {"static", "K = 1", "K = 2", "K = 3"}
+    assert "batch 2, K = 3: weights " in said
+
+
+def test_modes_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if not which("c++"):
+        pytest.skip("inductor needs a C++ compiler")
+    monkeypatch.setattr(modes, "SHAPES", [(4, 8, 3, 1, 1, 1, 4)])
+    main(["modes", "--rounds", "1", "--batch", "2"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["modes"]
+    assert [row["layer"] for row in rows] == ["dynamic", "static"]
+    assert all(set(row["milliseconds"]) == {"plain", "channels_last", "bfloat16", "compiled"} for row in rows)
 
 
 def test_draws_every_part(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import copy
 import math
 import re
 from typing import Any
@@ -6,14 +7,14 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dyn_lightning import functional
 from dyn_lightning.checks import as_pair
-from dyn_lightning.conv2d import BatchNorm2d, init_kernels_
 from dyn_lightning.functional import choose_method, dynamic_conv2d
-from dyn_lightning.per_sample.choice import METHODS
-from dyn_lightning.per_sample.methods import mix_kernels, output_size
+from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample.by_name import METHODS
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw, loop
 from tests.tolerances import assert_close
@@ -137,6 +138,41 @@ class TestErrors:
             with pytest.raises(ValueError, match=rf"stride={re.escape(str(value))} must be a whole number"):
                 dynamic_conv2d(*draw(), stride=value)  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize(
+        ("input", "weight", "options", "message"),
+        [
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"groups": 7}, "input of 4 channels and groups=7 must agree"),
+            ((4, 7, 6), (3, 6, 4, 3, 3), {}, r"input of shape \(4, 7, 6\) must be \(B, C_in, H, W\)"),
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"max_mixed_bytes": 0}, "max_mixed_bytes=0 must be at least 1"),
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"groups": 1.0}, "groups=1.0 must be a whole number"),
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"stride": 1.0}, "stride=1.0 must be a whole number"),
+            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"padding": {0: 1}}, "padding={0: 1} must be a whole number"),
+            (
+                (2, 4, 7, 2),
+                (3, 6, 4, 3, 3),
+                {"dilation": (1, 3), "padding": 1},
+                "input of 2 columns, padded by 1 on both sides, must not be smaller than the kernel of 3, dilated by 3",
+            ),
+        ],
+    )
+    def test_choose_method_and_dynamic_conv2d_refuse(
+        self, input: Any, weight: Any, options: dict[str, Any], message: str
+    ) -> None:
+        x, kernels = torch.empty(input), torch.empty(weight)
+        if len(input) == 4:
+            choose_method(torch.empty(2, 4, 7, 6), kernels)  # what is remembered must not hide an error
+        with pytest.raises(ValueError, match=message):
+            choose_method(x, kernels, **options)
+        with pytest.raises(ValueError, match=message):
+            dynamic_conv2d(x, torch.empty(2, 3), kernels, **options)
+
+    def test_types_must_agree(self) -> None:
+        input, routing, weight, _ = draw()
+        with pytest.raises(
+            ValueError, match=r"input of torch\.float32 and weight of torch\.float64 must have one type"
+        ):
+            dynamic_conv2d(input.float(), routing, weight)
+
     def test_unknown_padding(self) -> None:
         with pytest.raises(ValueError, match="padding='full' must be 'same', 'valid', a whole number or two of them"):
             dynamic_conv2d(*draw(), padding="full")
@@ -161,15 +197,53 @@ def test_same_padding_with_a_stride_is_tensorflow_s(
 
 
 @every_method
-@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)])
-@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 1, 3, 2), (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)])
+@pytest.mark.parametrize(("kernel_size", "groups"), [((1, 1), 1), ((3, 3), 1), ((3, 3), 4)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_any_layout_in_memory(stride: int, kernel_size: Any, order: Any, method: str) -> None:
-    input, *others = draw(3, kernel_size=kernel_size)
+def test_any_layout_in_memory(stride: int, kernel_size: Any, groups: int, order: Any, method: str) -> None:
+    input, routing, weight, bias = draw(3, kernel_size=kernel_size, groups=groups)
     back = torch.tensor(order).argsort().tolist()
     input = input.detach().permute(order).contiguous().permute(back).requires_grad_()
+    tensors = (input, routing, weight[:, :4], bias[:, :4])  # 4 channels, so that 4 groups are a depthwise convolution
     for max_mixed_bytes in (1, 1 << 20):
-        assert_equals_the_loop((input, *others), method, max_mixed_bytes, stride=stride)
+        assert_equals_the_loop(tensors, method, max_mixed_bytes, stride=stride, groups=groups)
+
+
+@every_method
+def test_complex_numbers(method: str) -> None:
+    tensors = draw(3, kernel_size=(1, 1), dtype=torch.complex128)
+    outputs = dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1), loop(*tensors)
+    cotangent = torch.randn_like(outputs[0])
+    actual, expected = ((y, *torch.autograd.grad(y, tensors, cotangent)) for y in outputs)
+    assert_close([*map(torch.view_as_real, actual)], [*map(torch.view_as_real, expected)])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
+@every_method
+def test_transforms_are_compiled(method: str) -> None:
+    input, routing, weight, _ = (tensor.detach() for tensor in draw(3))
+
+    def convolve(x: Tensor) -> Tensor:
+        return dynamic_conv2d(x, routing, weight, method=method, max_mixed_bytes=1)
+
+    def derivative(x: Tensor) -> Tensor:
+        return torch.func.jvp(convolve, (x,), (x.cos(),))[1]
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: convolve(x).square().sum())(x)
+
+    def several(x: Tensor) -> Tensor:
+        return torch.vmap(convolve)(torch.stack((x, x.cos())))
+
+    for transform in (derivative, gradient, several):
+        torch.compiler.reset()
+        assert_close(torch.compile(transform, fullgraph=True, backend="aot_eager")(input), transform(input))
+
+
+def test_open_sizes_can_be_traced() -> None:
+    tensors = tuple(tensor.detach() for tensor in draw(3))
+    traced = make_fx(lambda *tensors: dynamic_conv2d(*tensors, padding=1), tracing_mode="symbolic")(*tensors)
+    assert_close(traced(*tensors), dynamic_conv2d(*tensors, padding=1))
 
 
 @every_method
@@ -219,39 +293,25 @@ def test_lists_are_pairs_as_in_conv2d() -> None:
     assert torch.equal(y, dynamic_conv2d(*tensors, stride=(2, 1), padding=(1, 0), dilation=(1, 2)))
 
 
-def test_mix_kernels_of_one_open_kernel() -> None:
-    weight = torch.randn(3, 6, 4, 3, 2)
-    assert torch.equal(mix_kernels(torch.eye(3)[[2, 0]], weight), weight[[2, 0]])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("size", [(9, 8), (40, 41)])
+def test_a_layer_is_exported_for_any_batch(size: tuple[int, int], strict: bool) -> None:
+    layer = DynamicConv2d(16, 16, 3, padding=1).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=1024)},)
+    exported = torch.export.export(layer, (torch.randn(3, 16, *size),), dynamic_shapes=dynamic, strict=strict)
+    x = torch.randn(7, 16, *size)
+    assert_close(exported.module()(x), layer(x))
 
 
-@pytest.mark.parametrize(("stride", "padding", "dilation"), [g for g in GEOMETRIES if g[1] != "same"])
-def test_output_size(stride: Any, padding: Any, dilation: Any) -> None:
-    conv = nn.Conv2d(1, 1, (3, 2), stride, padding, dilation)
-    expected = conv(torch.zeros(1, 1, 15, 8)).shape[2:]
-    assert output_size((15, 8), (3, 2), conv.stride, conv.padding, conv.dilation) == expected
+def test_a_layer_that_was_pickled_without_a_method() -> None:
+    layer = DynamicConv2d(4, 6, 3)
+    for name in ("method", "max_mixed_bytes"):
+        del layer.__dict__[name]
+    assert copy.deepcopy(layer)(torch.randn(2, 4, 7, 6)).shape == (2, 6, 5, 4)
 
 
-def test_init_kernels_has_the_fan_of_one_kernel() -> None:
-    weight, bias = torch.empty(3, 64, 8, 3, 3), torch.ones(3, 64)
-    init_kernels_(weight, bias)
-    bound = 1 / math.sqrt(8 * 3 * 3)
-    assert weight.abs().amax((1, 2, 3, 4)).tolist() == [pytest.approx(bound, rel=0.01)] * 3
-    assert not bias.any()
-
-
-class TestBatchNorm2d:
-    @pytest.mark.parametrize("shape", [(1, 3, 2, 1), (2, 3, 1, 1), (0, 3, 1, 1)])
-    @pytest.mark.parametrize("training", [True, False])
-    def test_is_torch_s(self, training: bool, shape: tuple[int, ...]) -> None:
-        ours, theirs, x = BatchNorm2d(3).train(training), nn.BatchNorm2d(3).train(training), torch.randn(shape)
-        assert torch.equal(ours(x), theirs(x))
-        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
-
-    def test_one_value_is_normalised_by_the_running_statistics(self) -> None:
-        norm, x = BatchNorm2d(3), torch.randn(1, 3, 1, 1)
-        norm.running_mean.fill_(2)
-        before = norm.state_dict(keep_vars=True)["running_mean"].clone()
-        assert_close(norm.train()(x), norm.eval()(x))
-        assert torch.equal(norm.running_mean, before)
-        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-            nn.BatchNorm2d(3)(x)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_a_meta_tensor_has_a_shape(batch: int) -> None:
+    x, routing, weight = (torch.empty(s, device="meta") for s in ((batch, 4, 7, 6), (batch, 3), (3, 6, 4, 3, 3)))
+    for method in ("auto", "benchmark", "grouped", "chunked"):
+        assert dynamic_conv2d(x, routing, weight, method=method).shape == (batch, 6, 5, 4)

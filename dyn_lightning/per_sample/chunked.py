@@ -29,9 +29,11 @@ from dyn_lightning.per_sample.operation import operation
 # Output channels are divided until so many samples fit into the limit, since each chunk reads all K kernels of its
 # channels; convolutions of fewer channels than the least would not fill the processor.
 WANTED_SAMPLES, LEAST_CHANNELS = 16, 64
+# On a CPU a chunk's kernels, input and output should stay in the cache.
+CACHED_BYTES = 8 << 20
 
 
-def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
+def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int = CACHED_BYTES) -> Tensor:
     """Mix, use and forget the kernels of a few samples at a time.
 
     Args:

@@ -23,7 +23,7 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
         name: of the operation, in ``torch.ops.dyn_lightning``.
         forward: ``(input, routing, weight, geometry, *settings)`` to the output; the settings are whole numbers.
         backward: ``(grad, input, routing, weight, geometry, *settings, needed)`` to the gradients that are needed.
-        plain: a method of torch's own operations, for second derivatives and transforms.
+        plain: a method of torch's own operations, for second derivatives, transforms and complex numbers.
 
     Returns:
         A function of ``(input, routing, weight, geometry, *settings)``.
@@ -77,7 +77,7 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
     run.register_autograd(gradients, setup_context=save)
 
     def call(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, *settings: int) -> Tensor:
-        if not torch.compiler.is_compiling() and is_transformed():
+        if is_transformed() or input.is_complex():
             return plain(input, routing, weight, geometry)
         stride, padding, dilation, groups = geometry
         return run(input, routing, weight, [*stride, *padding, *dilation, groups, *settings])
@@ -102,9 +102,12 @@ def _flops(input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **_
     return 2 * (mixing + products)
 
 
-def _backward_flops(grad: Any, input: Any, routing: Any, weight: Any, numbers: Numbers, *_: Any, **__: Any) -> int:
+def _backward_flops(
+    grad: Any, input: Any, routing: Any, weight: Any, numbers: Numbers, needed: list[bool], *_: Any, **__: Any
+) -> int:
     mixing, products = _multiply_adds(input, weight, _unpacked(numbers)[0])
-    return 2 * (3 * mixing + 2 * products)  # mixed again; the routing weights' and the kernels' gradients
+    # Mixed again, the routing weights' and the kernels' gradients; the input's and the mixed kernels' gradients.
+    return 2 * ((1 + needed[1] + needed[2]) * mixing + (needed[0] + (needed[1] or needed[2])) * products)
 
 
 def _multiply_adds(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:

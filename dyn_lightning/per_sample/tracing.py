@@ -10,13 +10,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def remembered(function: Function) -> Function:
-    """Let a function of hashable arguments give again what it gave before; compilers and tracers always call it."""
+    """Let a function give again what it gave before; compilers and tracers always call it, open sizes have no hash."""
     cached = functools.lru_cache(maxsize=4096)(function)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return function(*arguments) if traced else cached(*arguments)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*arguments)
+        try:
+            return cached(*arguments)
+        except TypeError:
+            return function(*arguments)
 
     return cast(Function, call)
 
@@ -30,7 +34,7 @@ def is_transformed() -> bool:
 
 def in_function_transform() -> bool:
     """Tell whether ``torch.func`` or ``torch.vmap`` runs, under which tensors do not say how they lie in memory."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def in_strict_export() -> bool:

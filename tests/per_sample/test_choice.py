@@ -1,19 +1,10 @@
-import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.cost import peak_bytes
-from dyn_lightning.functional import choose_method, dynamic_conv2d, prepared
-from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import choice
-from tests.per_sample.loop import assert_equals_the_loop, draw
-from tests.tolerances import assert_close
+from dyn_lightning.functional import choose_method, dynamic_conv2d
 
 PADDED: dict[str, Any] = {"padding": 1}
 
@@ -64,10 +55,17 @@ class TestMemory:
     KERNELS = 64 * 64 * 64 * 9 * 4
 
     def beyond(
-        self, input: tuple, weight: tuple, geometry: dict[str, Any], training: bool = True, **options: Any
+        self,
+        input: tuple,
+        weight: tuple,
+        geometry: dict[str, Any],
+        training: bool = True,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        **options: Any,
     ) -> int:
         """Give the bytes that are held at once beyond the output and the gradients."""
-        x, stacked = torch.randn(input, requires_grad=training), torch.randn(weight, requires_grad=training)
+        x, stacked = torch.randn(input), torch.randn(weight, requires_grad=training)
+        x = x.to(memory_format=memory_format).requires_grad_(training)
         routing = torch.rand(len(x), len(stacked), requires_grad=training)
         leaves = (x, routing, stacked)
         cotangent = torch.randn_like(dynamic_conv2d(x, routing, stacked, **geometry))
@@ -106,6 +104,29 @@ class TestMemory:
         times = 1 if weight[3:] == (1, 1) else 1.5 if training else 2
         assert self.beyond(input, weight, geometry, training, method=method, max_mixed_bytes=limit) <= times * limit
 
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        ("input", "weight", "geometry", "limit"),
+        [
+            ((8, 4, 20, 20), (4, 64, 4, 3, 3), PADDED, 220_000),
+            ((8, 4, 20, 20), (4, 64, 4, 3, 3), PADDED, 4 * 10**6),
+            ((8, 64, 20, 20), (4, 64, 1, 3, 3), {"padding": 1, "groups": 64}, 10**6),
+            ((8, 64, 20, 20), (4, 64, 64, 1, 1), {}, 10**6),
+        ],
+    )
+    def test_channels_last_takes_no_more(
+        self, input: tuple, weight: tuple, geometry: dict[str, Any], limit: int, training: bool
+    ) -> None:
+        taken = self.beyond(input, weight, geometry, training, torch.channels_last, max_mixed_bytes=limit)
+        last = self.beyond(input, weight, geometry, training, torch.channels_last, method="chunked")
+        assert taken <= max(limit, last)
+
+    def test_kernels_and_unfolded_input_count_together(self) -> None:
+        tensors = torch.empty(1, 64, 12, 12), torch.empty(4, 64, 64, 3, 3)
+        kernels, patches = 4 * 64 * 64 * 9, 4 * 64 * 9 * 12 * 12
+        for limit, method in ((kernels + patches, "matmul"), (kernels + patches - 1, "chunked")):
+            assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=limit) == method
+
     def test_an_input_that_is_copied_into_the_groups_counts(self) -> None:
         weight, x = torch.empty(4, 8, 8, 3, 3), torch.empty(2, 8, 20, 20)
         limits: dict[str, Any] = {"training": False, "max_mixed_bytes": 10_000}
@@ -118,165 +139,3 @@ class TestMemory:
         tensors = torch.empty(1, 512, 4, 4), torch.empty(4, 1, 512, 3, 3)
         assert choose_method(*tensors, **PADDED, training=False) == "matmul"
         assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=20_000) == "chunked"
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("size", [(9, 8), (40, 41)])
-def test_a_layer_is_exported_for_any_batch(size: tuple[int, int], strict: bool) -> None:
-    layer = DynamicConv2d(16, 16, 3, padding=1).eval()
-    dynamic = ({0: torch.export.Dim("batch", min=2, max=1024)},)
-    exported = torch.export.export(layer, (torch.randn(3, 16, *size),), dynamic_shapes=dynamic, strict=strict)
-    x = torch.randn(7, 16, *size)
-    assert_close(exported.module()(x), layer(x))
-
-
-def test_a_layer_that_was_pickled_without_a_method() -> None:
-    layer = DynamicConv2d(4, 6, 3)
-    for name in ("method", "max_mixed_bytes"):
-        del layer.__dict__[name]
-    assert copy.deepcopy(layer)(torch.randn(2, 4, 7, 6)).shape == (2, 6, 5, 4)
-
-
-@pytest.mark.parametrize("batch", [1, 32])
-def test_a_meta_tensor_has_a_shape(batch: int) -> None:
-    x, routing, weight = (torch.empty(s, device="meta") for s in ((batch, 4, 7, 6), (batch, 3), (3, 6, 4, 3, 3)))
-    for method in ("auto", "benchmark", "grouped", "chunked"):
-        assert dynamic_conv2d(x, routing, weight, method=method).shape == (batch, 6, 5, 4)
-
-
-@pytest.mark.parametrize("method", ["auto", "grouped", "matmul", "mixture", "chunked"])
-@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 3), (4, 2)])
-@pytest.mark.parametrize("kernel_size", [(3, 3), (5, 2), (1, 4)])
-@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 2, 1), (2, 2, 1), ((3, 2), (4, 3), 2), (1, "same", 2)])
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_rows_and_columns_that_see_only_padding(
-    stride: Any, padding: Any, dilation: Any, kernel_size: Any, size: Any, method: str
-) -> None:
-    tensors = draw(2, size, kernel_size)
-    assert_equals_the_loop(tensors, method, stride=stride, padding=padding, dilation=dilation)
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "padding", "kept", "left"),
-    [
-        ((1, 1), 1, 1, (1, 1), (0, 0)),
-        ((2, 2), 2, 1, (2, 2), (0, 0)),
-        ((2, 2), 1, 1, (3, 3), (1, 1)),
-        ((1, 5), 1, 1, (1, 3), (0, 1)),
-    ],
-)
-def test_they_are_cut_off(size: Any, stride: int, padding: int, kept: Any, left: Any) -> None:
-    input, _, weight, _ = draw(2, size)
-    _, cut, geometry = prepared(input, weight, stride, padding, 1, 1)
-    assert cut.shape[3:] == kept
-    assert geometry.padding == left
-
-
-class TestBenchmark:
-    @pytest.fixture(autouse=True)
-    def _forget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(choice, "MEASURED", {})
-
-    def test_the_fastest_is_taken_and_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        timed = []
-
-        def measure(method: str, tensors: list[Tensor], case: choice.Case) -> float:
-            timed.append(method)
-            return 1.0 if method == "mixture" else 2.0
-
-        monkeypatch.setattr(choice, "_milliseconds", measure)
-        tensors = draw()
-        for _ in range(2):
-            assert_equals_the_loop(tensors, "benchmark", padding=1)
-        assert sorted(timed) == ["chunked", "grouped", "matmul", "mixture"]
-        assert list(choice.MEASURED.values()) == ["mixture"]
-        with torch.no_grad():
-            dynamic_conv2d(*tensors, padding=1, method="benchmark")
-        assert [case.training for case, *_ in choice.MEASURED] == [True, False]
-
-    def test_leaves_no_gradient(self) -> None:
-        tensors = draw()
-        dynamic_conv2d(*tensors, method="benchmark")
-        assert len(choice.MEASURED) == 1
-        assert all(tensor.grad is None for tensor in tensors)
-
-    def test_keeps_within_the_bytes(self) -> None:
-        dynamic_conv2d(*draw(), method="benchmark", max_mixed_bytes=1)
-        assert list(choice.MEASURED.values()) == ["chunked"]
-
-    def test_what_is_around_does_not_see_it(self) -> None:
-        tensors = draw()
-        packed: list[Tensor] = []
-        with (
-            torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t),
-            FlopCounterMode(display=False) as counter,
-        ):
-            y = dynamic_conv2d(*tensors, method="benchmark")
-            count, flops = len(packed), counter.get_total_flops()
-            dynamic_conv2d(*tensors, method="benchmark")
-        assert (len(packed), counter.get_total_flops()) == (2 * count, 2 * flops)
-        choice.MEASURED.clear()
-        again = checkpoint(lambda *t: dynamic_conv2d(*t, method="benchmark"), *tensors, use_reentrant=False)
-        assert_close(torch.autograd.grad(again.sum(), tensors), torch.autograd.grad(y.sum(), tensors))
-
-    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
-    def test_under_a_function_transform_there_is_nothing_to_time(self) -> None:
-        input, routing, weight, _ = (tensor.detach() for tensor in draw())
-        torch.func.jvp(lambda x: dynamic_conv2d(x, routing, weight, method="benchmark"), (input,), (input,))
-        assert not choice.MEASURED
-
-    def test_unfolded_inputs_count(self) -> None:
-        dynamic_conv2d(*draw(8, (28, 28)), method="benchmark", max_mixed_bytes=40_000)
-        assert not {"matmul", "mixture"} & set(choice.MEASURED.values())
-        ((case, *_),) = choice.MEASURED
-        assert choice.methods_within(case) == ["grouped", "chunked"]
-
-    def test_inference_mode(self) -> None:
-        tensors = draw()
-        with torch.inference_mode():
-            y = dynamic_conv2d(*tensors, method="benchmark")
-        assert_close(y, dynamic_conv2d(*tensors, method="grouped").detach())
-
-
-def test_a_strided_1x1_convolution_sees_every_other_pixel() -> None:
-    input, _, weight, _ = draw(kernel_size=(1, 1))
-    pixels, _, geometry = prepared(input, weight, (2, 3), 0, 1, 1)
-    assert geometry.stride == (1, 1)
-    assert torch.equal(pixels, F.avg_pool2d(input, 1, (2, 3)))
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("input", "weight", "options", "message"),
-        [
-            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"groups": 7}, "input of 4 channels and groups=7 must agree"),
-            ((4, 7, 6), (3, 6, 4, 3, 3), {}, r"input of shape \(4, 7, 6\) must be \(B, C_in, H, W\)"),
-            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"max_mixed_bytes": 0}, "max_mixed_bytes=0 must be at least 1"),
-            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"groups": 1.0}, "groups=1.0 must be a whole number"),
-            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"stride": 1.0}, "stride=1.0 must be a whole number"),
-            ((2, 4, 7, 6), (3, 6, 4, 3, 3), {"padding": {0: 1}}, "padding={0: 1} must be a whole number"),
-            (
-                (2, 4, 7, 2),
-                (3, 6, 4, 3, 3),
-                {"dilation": (1, 3), "padding": 1},
-                "input of 2 columns, padded by 1 on both sides, must not be smaller than the kernel of 3, dilated by 3",
-            ),
-        ],
-    )
-    def test_choose_method_and_dynamic_conv2d_refuse(
-        self, input: Any, weight: Any, options: dict[str, Any], message: str
-    ) -> None:
-        x, kernels = torch.empty(input), torch.empty(weight)
-        if len(input) == 4:
-            choose_method(torch.empty(2, 4, 7, 6), kernels)  # what is remembered must not hide an error
-        with pytest.raises(ValueError, match=message):
-            choose_method(x, kernels, **options)
-        with pytest.raises(ValueError, match=message):
-            dynamic_conv2d(x, torch.empty(2, 3), kernels, **options)
-
-    def test_types_must_agree(self) -> None:
-        input, routing, weight, _ = draw()
-        with pytest.raises(
-            ValueError, match=r"input of torch\.float32 and weight of torch\.float64 must have one type"
-        ):
-            dynamic_conv2d(input.float(), routing, weight)

@@ -7,11 +7,11 @@ Question: what do dynamic convolutions cost beside static ones, by each method, 
 
 Side by side in one run, interleaved, medians. ``layers``: each layer shape of MobileNetV2, ResNet-18, ResNet-50 and
 EfficientNet-B0 at 224 and 32 px (forward and backward pass of a batch of 32, forward pass of 32 and of 1; no router, no
-optimizer). ``networks``: these networks whole (training step with SGD of a batch of 32, forward pass of 32 and of 1),
-and the peak memory. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and what explains it.
-``modes``: single layers in channels_last, in bfloat16 and compiled. ``layers`` takes a
-quarter of an hour on two cores, ``growth`` and ``modes`` a few minutes, ``networks`` the longest. Prints
-tables, draws a plot of each of the first three parts into ``--out``, and ends with one line of JSON.
+optimizer). ``networks``: these networks whole (training step with SGD of a batch of 32, forward pass of 32 and of 1).
+Both with the peak memory. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and what explains
+it. ``modes``: single layers in channels_last, in bfloat16 and compiled. ``layers`` takes a quarter of an hour on two
+cores, ``growth`` and ``modes`` a few minutes, ``networks`` the longest. Prints tables, draws a plot of each of the
+first three parts into ``--out``, and ends with one line of JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
 from experiments.benchmarks.dynamic_conv.layers import SIZES, layers
 from experiments.benchmarks.dynamic_conv.modes import modes
-from experiments.benchmarks.dynamic_conv.networks import NETWORKS, networks
+from experiments.benchmarks.dynamic_conv.networks import NETWORKS, networks, prepare
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import versions
 
@@ -41,26 +41,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none is named")
     parser.add_argument("--rounds", type=count, default=5, help="repetitions of which the median is given")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is by autocast")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but modes")
     parser.add_argument("--kernels", type=count, default=4, help="K; growth has its own")
     parser.add_argument("--batch", type=count, default=32, help="of layers, networks and modes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of networks")
     parser.add_argument("--sizes", nargs="+", type=count, default=SIZES, help="of the networks' images, in pixels")
-    parser.add_argument("--channels_last", action="store_true", help="of networks and growth")
+    parser.add_argument("--channels_last", action="store_true", help="of all but modes")
     parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
         parser.error(f"parts {unknown} do not exist, choose of {[*PARTS]}")
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
-        torch.set_float32_matmul_precision("high")  # as cuDNN's convolutions have it by default
     options.threads = torch.get_num_threads()
+    prepare(options)
     settings = {name: getattr(options, name) for name in ("dtype", "batch", "kernels", "rounds", "channels_last")}
     options.dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
-    commit = (git_state() or {}).get("commit")
-    measured = {"benchmark": "dynamic_conv", **settings, **versions(options.device), "commit": commit, "results": {}}
+    state = git_state() or {"commit": "", "diff": ""}
+    code = {"commit": state["commit"], "changed": bool(state["diff"])}
+    measured = {"benchmark": "dynamic_conv", **settings, **versions(options.device), **code, "results": {}}
     for part in options.parts or PARTS:
         measured["results"][part] = PARTS[part](options)
         if options.out:

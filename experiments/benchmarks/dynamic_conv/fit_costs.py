@@ -18,7 +18,8 @@ import torch
 from scipy.optimize import nnls
 
 from dyn_lightning.functional import prepared
-from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Case, Costs, case_of, choose, methods_within, mixed_first
+from dyn_lightning.per_sample.case import Case, case_of
+from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Costs, choose, methods_within, mixed_first
 from experiments.benchmarks.dynamic_conv.layers import quality
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
@@ -46,7 +47,10 @@ def is_open(case: Case) -> bool:
 
 def fit(results: list[Result]) -> Costs:
     """Fit one kind of layer and job; a picosecond is 1e-9 of the milliseconds that were measured."""
-    mixing = [((case.mixed_weights, case.multiply_adds), times[first]) for case, first, times in results]
+    mixing = [
+        ((case.mixed_weights, case.weight[0] * case.mixed_weights, case.multiply_adds), times[first])
+        for case, first, times in results
+    ]
     last = [
         ((case.weight[0] * case.multiply_adds, case.weight.numel(), case.weight[0] * case.outputs), times["mixture"])
         for case, _, times in results

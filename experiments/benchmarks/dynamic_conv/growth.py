@@ -79,7 +79,7 @@ def explained(results: list[dict[str, Any]]) -> str:
     # written, read and read again, its gradient written and read twice; nothing of that need leave the cache.
     for name, index, least in (("a weight", 0, 28), ("a weight of the mixed kernels", 1, 24)):
         if costs[index]:
-            lines.append(f"{name}: at least {least} bytes, at {least / costs[index] / 1e6:.1f} GB/s")
+            lines.append(f"{name}: at least {least} bytes in float32, at {least / costs[index] / 1e6:.1f} GB/s")
     if costs[2]:
         lines.append(f"multiply-adds: {1 / costs[2] / 1e6:.0f} G a second")
     for result in results:

@@ -1,6 +1,7 @@
 """Single layers of every shape that the networks' replaced layers have; no router, no optimizer.
 
 A layer's kernels stay in the cache from one call to the next, as far as they fit, which they do not in a network.
+``auto``'s time is that of the method which it takes.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyn_lightning.convert import convert
+from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d
 from experiments.benchmarks.dynamic_conv.networks import NETWORKS, head, names
@@ -53,11 +55,16 @@ def _shapes(model: nn.Module, size: int) -> Iterator[Shape]:
     return iter(dict.fromkeys(seen))
 
 
-def measure_layer(shape: Shape, batch: int, training: bool, options: Any) -> tuple[dict[str, float], str]:
-    """Give the milliseconds of each method, and the method that auto takes."""
+def measure_layer(
+    shape: Shape, batch: int, training: bool, options: Any
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """Give the milliseconds and the peak MiB of each method, and the method that auto takes."""
     in_channels, out_channels, size, stride, padding, groups, pixels = shape
     kernels = options.kernels
-    x = torch.randn(batch, in_channels, pixels, pixels, device=options.device).requires_grad_(training)
+    x = torch.randn(batch, in_channels, pixels, pixels, device=options.device)
+    if options.channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_(training)
     routing = torch.softmax(torch.randn(batch, kernels, device=options.device), 1).requires_grad_(training)
     stacked = (kernels, out_channels, in_channels // groups, size, size)
     weight = torch.randn(stacked, device=options.device).requires_grad_(training)
@@ -82,7 +89,8 @@ def measure_layer(shape: Shape, batch: int, training: bool, options: Any) -> tup
     with torch.set_grad_enabled(training):
         functions = {name: partial(compute, name) for name in names(options)}
         times = interleaved(functions, options.rounds, options.device, patience=4, least_ms=5)
-    return times, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
+        peaks = {name: round(peak_bytes(function, options.device) / 2**20, 3) for name, function in functions.items()}
+    return times, peaks, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
 
 
 def layers(options: Any) -> list[dict[str, Any]]:
@@ -94,11 +102,11 @@ def layers(options: Any) -> list[dict[str, Any]]:
         print(f"\n{job}, batch {batch}: milliseconds of the static convolution, then times relative to it")
         print(f"{'in, out, kernel, stride, padding, groups, map':48}{'static':>9}" + head(columns) + "  auto")
         for shape, networks in shapes().items():
-            times, chosen = measure_layer(shape, batch, training, options)
+            times, peaks, chosen = measure_layer(shape, batch, training, options)
             ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in columns)
             print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
             about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": networks}
-            results.append({**about, "auto": chosen, "milliseconds": times})
+            results.append({**about, "auto": chosen, "milliseconds": times, "MiB": peaks})
         print(quality([result for result in results if result["job"] == job]))
     return results
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
-from dyn_lightning.per_sample.choice import has_triton
+from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.routing import SoftmaxAttention
 from experiments.benchmarks.timing import in_turn, milliseconds
 
@@ -31,6 +31,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
 STEPS = 3  # that are timed in a process, at least, after two that are not
+
+
+def prepare(options: Any) -> None:
+    """Set up a process: its threads, its device, and products as cuDNN's convolutions have them by default."""
+    torch.set_num_threads(options.threads)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+        torch.set_float32_matmul_precision("high")
 
 
 class PeerConv2d(nn.Module):
@@ -95,7 +103,7 @@ def measure(
     network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any
 ) -> tuple[list[float], float]:
     """Give the milliseconds of some steps, and the MiB that one takes beyond parameters and momentum."""
-    torch.set_num_threads(options.threads)
+    prepare(options)
     step = make_step(converted(NETWORKS[network], name, kernels), batch, training, size, options)
     step()
     again = milliseconds(step, 1, options.device)

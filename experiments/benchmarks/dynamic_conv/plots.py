@@ -31,9 +31,10 @@ def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
     for part, results in measured["results"].items():
         if part in PLOTS:
             figure = PLOTS[part](results)
-            how = f"K = {measured['kernels']}, {measured['dtype']}" + ", channels_last" * measured["channels_last"]
+            how = f"K = {measured['kernels']}, " * (part != "growth") + measured["dtype"]
+            how += ", channels_last" * measured["channels_last"]
             where = f"{measured['device']}, torch {measured['torch']}, {measured['date']}"
-            figure.supxlabel(f"{how if part != 'growth' else measured['dtype']}; {where}", fontsize=8)
+            figure.supxlabel(f"{how}; {where}", fontsize=8)
             paths.append(folder / f"{part}.png")
             figure.savefig(paths[-1], dpi=110)
             plt.close(figure)
@@ -73,6 +74,8 @@ def layers(results: list[dict[str, Any]]) -> Any:
             kind = "1x1" if size == 1 else "depthwise" if groups > 1 else "k x k"
             kinds[kind].append((times["timm"] / times["static"], times[row["auto"]] / times["static"]))
         for kind, points in kinds.items():
+            if not points:
+                continue
             axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=f"{kind} ({len(points)})")
         numbers = [number for points in kinds.values() for point in points for number in point]
         ends = (min(numbers) / 1.3, max(numbers) * 1.3)

@@ -1,0 +1,47 @@
+"""The methods of the per-sample convolution by name, those of torch's own operations and those of ours."""
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+from dyn_lightning.per_sample.case import Case
+from dyn_lightning.per_sample.chunked import CACHED_BYTES, chunked
+from dyn_lightning.per_sample.methods import Geometry, Method, grouped, matmul, mixture
+
+
+def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Mix tiles of the kernels where they are used, in kernels of Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests, on any device
+    if not (has_triton() and (input.is_cuda or interpreted)):
+        others = [name for name in METHODS if METHODS[name] is not triton]
+        raise ValueError(
+            f"method='triton' needs a CUDA device and the package triton, not {input.device}: take {others}"
+        )
+    from dyn_lightning.per_sample.triton_kernels import convolve
+
+    return convolve(input, routing, weight, geometry)
+
+
+def has_triton() -> bool:
+    """Tell whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+METHODS: dict[str, Method] = {
+    "grouped": grouped,
+    "matmul": matmul,
+    "mixture": mixture,
+    "chunked": chunked,
+    "triton": triton,
+}
+
+CHOICES = ("auto", "benchmark", *METHODS)
+
+
+def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> Tensor:
+    """Compute by a method; chunks get the bytes that they may take."""
+    if method != "chunked":
+        return METHODS[method](input, routing, weight, case.geometry)
+    limit = min(CACHED_BYTES, case.allowed) if case.device == "cpu" else case.allowed
+    return chunked(input, routing, weight, case.geometry, limit)
