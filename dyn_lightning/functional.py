@@ -78,7 +78,9 @@ def dynamic_conv2d(
     full, kernels = input, weight
     input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
     _check_rows(full, routing, kernels, bias)
-    input, weight, routing = _in_one_type(input, weight, routing.to(weight.dtype))
+    if routing.dtype != weight.dtype:
+        routing = routing.to(weight.dtype)
+    input, weight, routing = _in_one_type(input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     case = case_of(input, weight, geometry, training, max_mixed_bytes)
     compiling = torch.compiler.is_compiling()
