@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyn_lightning.checks import as_steps
-from dyn_lightning.per_sample.methods import Pair
-from dyn_lightning.per_sample.reduction import padding_in_numbers
+from dyn_lightning.checks import Pair, as_steps
 from dyn_lightning.per_sample.tracing import in_function_transform
 
 # The one subclass of nn.Conv2d whose own doing is known, by name, since timm need not be installed: padding "same" with
@@ -64,22 +62,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.training and input.numel() == input.shape[1]:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(input)
-
-
-def prime_factors(number: int) -> list[int]:
-    """List the prime factors, smallest first.
-
-    Example:
-        >>> prime_factors(360)
-        [2, 2, 2, 3, 3, 5]
-    """
-    factors, factor = [], 2
-    while number > 1:
-        while number % factor == 0:
-            factors.append(factor)
-            number //= factor
-        factor += 1
-    return factors
 
 
 def flat(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -160,15 +142,3 @@ def method_repr(layer: Any) -> str:
     """Describe by which method a layer computes, where it is not ``"auto"``."""
     method = getattr(layer, "method", "auto")
     return "" if method == "auto" else f", method={method}"
-
-
-def explicit_padding(
-    input: Tensor, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
-) -> tuple[Tensor, Pair]:
-    """Turn "same" and "valid" into numbers; what "same" has more on one side is padded here.
-
-    Returns:
-        The input, padded where the sides differ, and the rows and columns of zeros to be added on both sides.
-    """
-    zeros, sides = padding_in_numbers(input.shape, padding, kernel_size, stride, dilation)
-    return F.pad(input, zeros) if zeros else input, sides

@@ -17,7 +17,6 @@ from dyn_lightning.conv2d import (
     copy_bias_,
     in_format_of,
     init_kernels_,
-    prime_factors,
 )
 
 START = 1e-8  # of the gates, so near to 0 that the first step of training decides
@@ -194,3 +193,19 @@ GATE_INITS: dict[str, Callable[[int, Generator | None], Tensor]] = {
     "dense": lambda count, generator: torch.ones(count),
     "depthwise": lambda count, generator: -torch.ones(count),
 }
+
+
+def prime_factors(number: int) -> list[int]:
+    """List the prime factors, smallest first.
+
+    Example:
+        >>> prime_factors(360)
+        [2, 2, 2, 3, 3, 5]
+    """
+    factors, factor = [], 2
+    while number > 1:
+        while number % factor == 0:
+            factors.append(factor)
+            number //= factor
+        factor += 1
+    return factors

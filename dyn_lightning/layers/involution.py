@@ -18,11 +18,11 @@ from dyn_lightning.conv2d import (
     conv2d_arguments,
     conv2d_repr,
     copy_bias_,
-    explicit_padding,
     in_format_of,
     under_kernels,
     with_kernel_size,
 )
+from dyn_lightning.per_sample.reduction import padding_in_numbers
 
 
 class Involution2d(nn.Module):
@@ -151,7 +151,8 @@ def involve(x: Tensor, kernels: Tensor, kernel_size: Pair, stride: Pair, padding
     The kernel's elements are taken one after the other, in the backward pass too: an unfolded map would be kH kW times
     as large as the map.
     """
-    x, (rows, columns) = explicit_padding(x, padding, kernel_size, (1, 1), dilation)
+    zeros, (rows, columns) = padding_in_numbers(x.shape, padding, kernel_size, (1, 1), dilation)
+    x = F.pad(x, zeros) if zeros else x
     x = F.pad(x, (columns, columns, rows, rows)).to(kernels.dtype)
     kernels = kernels.unflatten(1, (-1, 1, math.prod(kernel_size)))
     x = x.unflatten(1, (kernels.shape[1], -1))
