@@ -13,13 +13,11 @@ from dyn_lightning.per_sample.case import case_of
 from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, choose
 from dyn_lightning.per_sample.fastest import fastest
 from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
-from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
-from dyn_lightning.per_sample.tracing import remembered
+from dyn_lightning.per_sample.reduction import plan_of, reduced
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
 NOTE: ContextVar[Callable[[str], None]] = ContextVar("NOTE", default=lambda method: None)
-
 INSTEAD: ContextVar[str] = ContextVar("INSTEAD", default="")
 
 
@@ -60,7 +58,8 @@ def dynamic_conv2d(
             unfolded input, for maps in another layout or for the outputs of K kernels, with the gradients of these.
             Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it down to
             one sample and 64 output channels (or all, with groups). Not counted: what a convolution's library takes for
-            a layout of its own, and what second derivatives and function transforms take, which mix all kernels.
+            a layout of its own, and what second derivatives, forward mode, function transforms, ``torch.jit.trace`` and
+            complex numbers take, for which ``"chunked"`` and ``"triton"`` mix all kernels at once.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
@@ -78,7 +77,7 @@ def dynamic_conv2d(
     full, kernels = input, weight
     input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
     _check_rows(full, routing, kernels, bias)
-    if routing.dtype != weight.dtype:
+    if routing.dtype != weight.dtype:  # `to` would take longer to find out
         routing = routing.to(weight.dtype)
     input, weight, routing = _in_one_type(input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
@@ -167,22 +166,7 @@ def prepared(
     check_batched(input)
     check_count("groups", groups)
     numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
-    return reduced(input, weight, _plan(input.shape, weight.shape, *numbers, groups))
-
-
-@remembered
-def _plan(
-    input: torch.Size, weight: torch.Size, stride: Pair, padding: Pair | str, dilation: Pair, groups: int
-) -> Plan:
-    if len(weight) != 5:
-        raise ValueError(f"weight of shape {tuple(weight)} must be (K, C_out, C_in / groups, kH, kW)")
-    _, out_channels, group_channels, *_ = weight
-    if input[1] != group_channels * groups or out_channels % groups:
-        raise ValueError(
-            f"input of {input[1]} channels and groups={groups} must agree with weight of shape {tuple(weight)}: "
-            f"C_in = {group_channels} * groups, and groups must divide C_out = {out_channels}"
-        )
-    return plan_of(input, weight, stride, padding, dilation, groups)
+    return reduced(input, weight, plan_of(input.shape, weight.shape, *numbers, groups))
 
 
 def _check_rows(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -205,7 +189,10 @@ def _in_one_type(input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor
     tensors, device = (input, weight, *others), input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        tensors = tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+        tensors = tuple(
+            tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+            for tensor in tensors
+        )
     if tensors[0].dtype != tensors[1].dtype:
         raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
     return tensors

@@ -46,18 +46,19 @@ def test_interleaved_calls_the_short_several_times() -> None:
 
 
 def test_fit_finds_the_costs_that_made_the_times() -> None:
-    costs = Costs(5000, 300, 40, 30, 2000, 900)
+    costs = Costs((5000, 300, 40), (30, 2000, 900))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
     for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
         case = Case(*shapes, geometry, 4, "cpu", False, True, True, 2**28)
-        mixing = (costs.per_mixed_weight + kernels * costs.per_mixing) * case.mixed_weights
-        mixing += costs.per_multiply_add * case.multiply_adds
-        one = costs.per_mixture_multiply_add * case.multiply_adds + costs.per_output * case.outputs
-        times = {"grouped": mixing * 1e-9, "mixture": (kernels * one + costs.per_weight * case.weight.numel()) * 1e-9}
+        weights, kept = 32 * 9 * channels**2, pixels**2  # padded by one, the map keeps its size
+        mixing = 5000 * weights + 300 * kernels * weights + 40 * kept * weights
+        mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept)
+        times = {"grouped": mixing * 1e-9, "mixture": mixture * 1e-9}
         results.append((case, "grouped", times))
-    assert fit(results) == pytest.approx(costs, rel=1e-6)
+    for found, made in zip(fit(results), costs, strict=True):
+        assert found == pytest.approx(made, rel=1e-6)
 
 
 def test_quality_compares_the_chosen_method() -> None:

@@ -210,9 +210,12 @@ def test_any_layout_in_memory(stride: int, kernel_size: Any, groups: int, order:
 
 
 @every_method
-def test_complex_numbers(method: str) -> None:
-    tensors = draw(3, kernel_size=(1, 1), dtype=torch.complex128)
-    outputs = dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1), loop(*tensors)
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3)])
+def test_complex_numbers(kernel_size: Any, method: str) -> None:
+    tensors = draw(3, kernel_size=kernel_size, dtype=torch.complex128)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1)
+    outputs = y, loop(*tensors)
     cotangent = torch.randn_like(outputs[0])
     actual, expected = ((y, *torch.autograd.grad(y, tensors, cotangent)) for y in outputs)
     assert_close([*map(torch.view_as_real, actual)], [*map(torch.view_as_real, expected)])

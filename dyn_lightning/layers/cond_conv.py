@@ -32,7 +32,7 @@ class CondConv2d(nn.Module):
         router: the routing function: a name in ``routing.ROUTERS`` (``sigmoid``, ``softmax``, ``hidden_small``,
             ``hidden_medium``, ``hidden_large``), or a callable from in_channels and n to a module.
         method: of computing, for speed, as in ``dynamic_conv2d``.
-        max_mixed_bytes: that the mixed kernels may take where the method is chosen, as in ``dynamic_conv2d``.
+        max_mixed_bytes: that a chosen method may hold beside input, kernels and output, as in ``dynamic_conv2d``.
 
     Shape:
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``. ``weight`` is

@@ -31,7 +31,7 @@ class DynamicConv2d(nn.Module):
         reduction: the attention's hidden layer has ``in_channels / reduction`` units, rounded, at least 1.
         temperature: of the softmax, above 0.
         method: of computing, for speed, as in ``dynamic_conv2d``.
-        max_mixed_bytes: that the mixed kernels may take where the method is chosen, as in ``dynamic_conv2d``.
+        max_mixed_bytes: that a chosen method may hold beside input, kernels and output, as in ``dynamic_conv2d``.
 
     Shape:
         ``(B, C_in, H, W)`` to ``(B, C_out, H', W')`` as in ``nn.Conv2d``. ``weight`` is

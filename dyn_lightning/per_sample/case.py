@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.methods import (
-    FEW_POSITIONS,
     Geometry,
     is_channels_last,
     is_depthwise,
+    mixes_rows,
     multiplies,
     positions,
 )
@@ -25,13 +25,13 @@ class Case(NamedTuple):
     bytes_each: int
     device: str
     channels_last: bool
-    dense: bool  # whether the input lies in memory without gaps
+    dense: bool  # whether the input is contiguous or channels_last
     training: bool
     max_mixed_bytes: int
 
     @property
     def allowed(self) -> int:
-        """Bytes that may be held beside what autograd's gradients take as much again of."""
+        """Bytes that may be held in the forward pass: half in training, since the gradients take as much again."""
         return self.max_mixed_bytes // 2 if self.training else self.max_mixed_bytes
 
     @property
@@ -74,18 +74,20 @@ class Case(NamedTuple):
     @property
     def held(self) -> dict[str, int]:
         """Numbers that each method of torch's own operations holds at once, beside input, kernels and output."""
-        laid_out = 0 if self.dense else math.prod(self.input)  # to put the batch into the groups
-        if self.channels_last:  # and the output to be channels_last again
-            laid_out = math.prod(self.input) + self.outputs
-        outputs = self.weight[0] * self.outputs
-        if self.is_product:
-            mixture = outputs + math.prod(self.input)
-        elif self.geometry.groups == 1 and self.positions <= FEW_POSITIONS:
-            mixture = outputs + 2 * self.patches
-        else:  # the mixing orders the outputs by kernels
-            mixture = 2 * outputs if self.geometry.groups > 1 or self.channels_last else outputs
-        mixed, last = self.mixed_weights, self.outputs if self.channels_last and not self.is_product else 0
-        return {"grouped": mixed + laid_out, "matmul": mixed + self.patches + last, "mixture": mixture}
+        pixels, outputs, mixed = math.prod(self.input), self.outputs, self.mixed_weights
+        copied = 0 if self.dense else pixels  # by whatever wants a layout
+        unfolded = self.patches if self.is_product else self.patches + pixels  # which unfolding takes for a while
+        mixture = self.weight[0] * outputs
+        if mixes_rows(self.weight, self.geometry, self.positions):
+            mixture += pixels if self.is_product else 2 * self.patches + pixels
+        else:  # the outputs are brought in the kernels' order where they do not come in it
+            mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
+            mixture += copied
+        if not self.channels_last:
+            return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture}
+        # What comes out contiguous is copied.
+        again = 0 if self.is_product else outputs
+        return {"grouped": mixed + pixels + outputs, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 
 def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:

@@ -8,8 +8,7 @@ from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
 from dyn_lightning.per_sample.tracing import in_strict_export, remembered
 
-# Bytes that a layer may take for mixed kernels, or for the outputs of all K kernels, and for the gradients of these,
-# where its method is chosen for it.
+# Bytes that a layer may hold beside its input, kernels and output, with their gradients, where its method is chosen.
 MAX_MIXED_BYTES = 256 << 20
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
 # page, each time. From about there on chunks are faster.
@@ -24,43 +23,47 @@ FEW_PATCHES = 100_000
 
 
 class Costs(NamedTuple):
-    """Picoseconds. Where kernels are mixed first: per weight of the B mixed kernels, for each of the K that it is mixed
-    of, and per multiply-add. Where all K kernels convolve: per multiply-add, per weight of the K kernels, and per
-    number that they give.
-    """
+    """Picoseconds of each part of the work, where kernels are mixed first and where the outputs of all are mixed."""
 
-    per_mixed_weight: float
-    per_mixing: float
-    per_multiply_add: float
-    per_mixture_multiply_add: float
-    per_weight: float
-    per_output: float
+    mixed_first: tuple[float, ...]
+    mixture: tuple[float, ...]
 
     def prefer_mixture(self, case: Case) -> bool:
         """Tell whether convolving with all K kernels costs less than mixing them first."""
-        kernels = case.weight[0]
-        mixing = (self.per_mixed_weight + kernels * self.per_mixing) * case.mixed_weights
-        one = self.per_mixture_multiply_add * case.multiply_adds + self.per_output * case.outputs
-        mixture = kernels * one + self.per_weight * math.prod(case.weight)
-        return mixture < mixing + self.per_multiply_add * case.multiply_adds
+        return _sum(self.mixture, mixture_work(case)) < _sum(self.mixed_first, mixed_first_work(case))
+
+
+def mixed_first_work(case: Case) -> tuple[int, ...]:
+    """Count weights of the B mixed kernels, what these are mixed of, and multiply-adds of the convolution."""
+    return case.mixed_weights, case.weight[0] * case.mixed_weights, case.multiply_adds
+
+
+def mixture_work(case: Case) -> tuple[int, ...]:
+    """Count multiply-adds of the convolution with all K kernels, their weights, and the numbers that they give."""
+    kernels = case.weight[0]
+    return kernels * case.multiply_adds, math.prod(case.weight), kernels * case.outputs
+
+
+def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
+    return sum(cost * count for cost, count in zip(costs, work, strict=True))
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
-# In float32; of another type, only the size is known. Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the
-# files `layers.json` and `layers_k16.json` in `experiments/benchmarks/results`: two x86-64 cores, K = 4 and 16.
+# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
+# `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16.
 CPU_COSTS = {
-    (True, True): Costs(2110, 99.7, 49.9, 34.5, 1540, 3680),
-    (True, False): Costs(596, 36.3, 16.1, 14.0, 500, 799),
-    (False, True): Costs(3060, 37.6, 42.8, 33.7, 3380, 0),
-    (False, False): Costs(708, 28.0, 12.4, 9.2, 1450, 229),
+    (True, True): Costs((2110, 99.7, 49.9), (34.5, 1540, 3680)),
+    (True, False): Costs((596, 36.3, 16.1), (14.0, 500, 799)),
+    (False, True): Costs((3060, 37.6, 42.8), (33.7, 3380, 0)),
+    (False, False): Costs((708, 28.0, 12.4), (9.2, 1450, 229)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True): Costs(7, 0, 0.015, 0.015, 7, 7),
-    (True, False): Costs(2.4, 0, 0.005, 0.005, 2.4, 2.4),
-    (False, True): Costs(7, 0, 0.075, 0.015, 7, 7),
-    (False, False): Costs(2.4, 0, 0.025, 0.005, 2.4, 2.4),
+    (True, True): Costs((7, 0, 0.015), (0.015, 7, 7)),
+    (True, False): Costs((2.4, 0, 0.005), (0.005, 2.4, 2.4)),
+    (False, True): Costs((7, 0, 0.075), (0.015, 7, 7)),
+    (False, False): Costs((2.4, 0, 0.025), (0.005, 2.4, 2.4)),
 }
 
 
@@ -84,15 +87,15 @@ def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
         return "matmul" if case.is_product or case.patches <= FEW_PATCHES else "grouped"
-    if case.device == "cpu" and ((case.is_depthwise and case.channels_last) or exceeds_what_is_kept(case)):
+    if case.device == "cpu" and ((case.is_depthwise and case.channels_last) or chunks_are_faster(case)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions <= FEW_POSITIONS  # what is left of depthwise ones
     small = case.geometry.groups == 1 and case.positions <= SMALL_MAP
     return "matmul" if case.is_product or one_weight or small else "grouped"
 
 
-def exceeds_what_is_kept(case: Case) -> bool:
-    """Tell whether mixing first makes tensors, which chunks do not, that are fetched from the system each time."""
+def chunks_are_faster(case: Case) -> bool:
+    """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
     mixed = case.mixed_weights * case.bytes_each
     if case.is_product:
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)

@@ -26,13 +26,17 @@ def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
     """
     if isinstance(input, FakeTensor) or input.device.type == "meta" or is_transformed():
         return choose(case)  # there is nothing to time
-    key = (case, input.device, input.dtype, torch.get_num_threads())
+    differentiated = [case.training and tensor.requires_grad for tensor in (input, routing, weight)]
+    key = (case, input.device, input.dtype, *differentiated, torch.get_num_threads())
     if key not in MEASURED:
         # Nothing around may see these runs: activation checkpoints, offloading, counters of operations.
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
         with torch.inference_mode(False), torch.set_grad_enabled(case.training), hooks, _disable_current_modes():
-            # Not copied: how the input lies in memory is a part of what is timed.
-            tensors = [tensor.detach().requires_grad_(case.training) for tensor in (input, routing, weight)]
+            # Not copied, if that can be: how the input lies in memory is a part of what is timed.
+            tensors = [
+                (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_(needed)
+                for tensor, needed in zip((input, routing, weight), differentiated, strict=True)
+            ]
             times = {}
             for method in methods_within(case):
                 try:
@@ -52,7 +56,8 @@ def _milliseconds(method: str, tensors: list[Tensor], case: Case) -> float:
         start = time.perf_counter()
         output = run(method, input, routing, weight, case)
         if case.training:
-            torch.autograd.grad(output, tensors, torch.ones_like(output))
+            leaves = [tensor for tensor in tensors if tensor.requires_grad]
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
         if output.is_cuda:
             torch.cuda.synchronize(output.device)
         times.append(1e3 * (time.perf_counter() - start))

@@ -46,6 +46,21 @@ def output_length(size: int, length: int, step: int, zeros: int, distance: int) 
     return (size + 2 * zeros - distance * (length - 1) - 1) // step + 1
 
 
+def padding_in_numbers(
+    input: torch.Size, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
+) -> tuple[tuple[int, ...], Pair]:
+    """Turn "same" and "valid" into numbers: what one side has more of, for ``F.pad``, and what both sides have."""
+    if not isinstance(padding, str):
+        return (), padding
+    if padding == "valid":
+        return (), (0, 0)
+    rows, columns = (
+        max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
+        for size, length, step, distance in zip(input[2:], kernel_size, stride, dilation, strict=True)
+    )
+    return (0, columns % 2, 0, rows % 2) if rows % 2 or columns % 2 else (), (rows // 2, columns // 2)
+
+
 def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
     """Mix K kernels by each sample's routing weights: ``(B, K)`` and ``(K, ...)`` give ``(B, ...)``."""
     return torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[1:])
@@ -76,7 +91,7 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and put the batch into the groups of one convolution: the usual form."""
-    kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[2:])
+    kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[2:])  # a view less than `mix_kernels`' two
     return convolve_each(input, kernels, geometry)
 
 
@@ -89,7 +104,7 @@ def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
     """Convolve with all K kernels and mix the outputs."""
     kernels, out_channels = weight.shape[:2]
     size = positions(input.shape, weight.shape, geometry)
-    if multiplies(weight.shape, geometry) or (geometry.groups == 1 and math.prod(size) <= FEW_POSITIONS):
+    if mixes_rows(weight.shape, geometry, math.prod(size)):
         rows = unfolded(input, weight.shape[3:], geometry).mT
         products = (rows.flatten(0, 1) @ weight.flatten(0, 1).flatten(1).mT).unflatten(1, (kernels, out_channels))
         shares = routing.repeat_interleave(rows.shape[1], 0).to(products.dtype)
@@ -106,6 +121,11 @@ Method = Callable[..., Tensor]  # of input, routing, weight and geometry
 def multiplies(weight: torch.Size, geometry: Geometry) -> bool:
     """Tell whether a sample's convolution is one matrix product with the sample as it lies in memory."""
     return weight[-2:] == (1, 1) and geometry == Geometry((1, 1), (0, 0), geometry.dilation, 1)
+
+
+def mixes_rows(weight: torch.Size, geometry: Geometry, positions: int) -> bool:
+    """Tell whether the mixture multiplies rows of (unfolded) pixels with the K kernels."""
+    return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
 
 
 def is_depthwise(weight: torch.Size, geometry: Geometry) -> bool:

@@ -1,13 +1,13 @@
 """What a convolution computes that cannot be seen in its output, and how to leave it out."""
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.methods import Geometry, Pair, output_length
+from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, output_length, padding_in_numbers
+from dyn_lightning.per_sample.tracing import remembered
 
 
 class Plan(NamedTuple):
@@ -28,20 +28,32 @@ def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor, 
     if plan.zeros:
         input = F.pad(input, plan.zeros)
     if plan.step != (1, 1):
+        last = is_channels_last(input)
         input = input[:, :, :: plan.step[0], :: plan.step[1]]
+        if last:  # the output is to be channels_last too
+            input = input.contiguous(memory_format=torch.channels_last)
     if plan.unseen:
         weight = F.pad(weight, plan.unseen)  # cut by a pad: its gradient is widened in one pass
     return input, weight, plan.geometry
 
 
+@remembered
 def plan_of(
     input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
 ) -> Plan:
     """Find what can be left out of a convolution.
 
     Raises:
-        ValueError: the kernel is larger than the padded input.
+        ValueError: weight and input do not fit each other, or the kernel is larger than the padded input.
     """
+    if len(weight) != 5:
+        raise ValueError(f"weight of shape {tuple(weight)} must be (K, C_out, C_in / groups, kH, kW)")
+    _, out_channels, group_channels, *_ = weight
+    if input[1] != group_channels * groups or out_channels % groups:
+        raise ValueError(
+            f"input of {input[1]} channels and groups={groups} must agree with weight of shape {tuple(weight)}: "
+            f"C_in = {group_channels} * groups, and groups must divide C_out = {out_channels}"
+        )
     zeros, sides = padding_in_numbers(input, padding, (weight[3], weight[4]), steps, distances)
     size, lengths = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:])
     padded, unseen = list(sides), [0, 0, 0, 0]
@@ -65,18 +77,3 @@ def plan_of(
     steps = (1, 1) if step == steps else steps
     geometry = Geometry(steps, (padded[0], padded[1]), distances, groups)
     return Plan(zeros, step, tuple(unseen) if any(unseen) else (), geometry)
-
-
-def padding_in_numbers(
-    input: torch.Size, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
-) -> tuple[tuple[int, ...], Pair]:
-    """Turn "same" and "valid" into numbers: what one side has more of, for ``F.pad``, and what both sides have."""
-    if not isinstance(padding, str):
-        return (), padding
-    if padding == "valid":
-        return (), (0, 0)
-    rows, columns = (
-        max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
-        for size, length, step, distance in zip(input[2:], kernel_size, stride, dilation, strict=True)
-    )
-    return (0, columns % 2, 0, rows % 2) if rows % 2 or columns % 2 else (), (rows // 2, columns // 2)

@@ -112,19 +112,20 @@ class TestMemory:
             ((8, 4, 20, 20), (4, 64, 4, 3, 3), PADDED, 4 * 10**6),
             ((8, 64, 20, 20), (4, 64, 1, 3, 3), {"padding": 1, "groups": 64}, 10**6),
             ((8, 64, 20, 20), (4, 64, 64, 1, 1), {}, 10**6),
+            ((8, 16, 40, 40), (4, 64, 16, 1, 1), {"stride": 2}, 237_568),
         ],
     )
     def test_channels_last_takes_no_more(
         self, input: tuple, weight: tuple, geometry: dict[str, Any], limit: int, training: bool
     ) -> None:
-        taken = self.beyond(input, weight, geometry, training, torch.channels_last, max_mixed_bytes=limit)
-        last = self.beyond(input, weight, geometry, training, torch.channels_last, method="chunked")
-        assert taken <= max(limit, last)
+        options: dict[str, Any] = {"memory_format": torch.channels_last, "max_mixed_bytes": limit}
+        last = self.beyond(input, weight, geometry, training, method="chunked", **options)
+        assert self.beyond(input, weight, geometry, training, **options) <= max(limit, last)
 
     def test_kernels_and_unfolded_input_count_together(self) -> None:
         tensors = torch.empty(1, 64, 12, 12), torch.empty(4, 64, 64, 3, 3)
-        kernels, patches = 4 * 64 * 64 * 9, 4 * 64 * 9 * 12 * 12
-        for limit, method in ((kernels + patches, "matmul"), (kernels + patches - 1, "chunked")):
+        needed = 4 * (64 * 64 * 9 + 64 * 9 * 12 * 12 + 64 * 12 * 12)
+        for limit, method in ((needed, "matmul"), (needed - 1, "chunked")):
             assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=limit) == method
 
     def test_an_input_that_is_copied_into_the_groups_counts(self) -> None:

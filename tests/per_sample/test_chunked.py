@@ -76,7 +76,8 @@ class TestChunked:
     @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
     @pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
     def test_frozen_parts_get_no_gradient(self, needed: tuple[bool, ...], kernel_size: Any) -> None:
-        tensors = [t.detach().requires_grad_(need) for t, need in zip(draw(3, bias=False), needed, strict=False)]
+        drawn = draw(3, kernel_size=kernel_size, bias=False)
+        tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(drawn, needed, strict=True)]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         gradients = [
             torch.autograd.grad(dynamic_conv2d(*tensors, method=method, max_mixed_bytes=1).square().sum(), wanted)

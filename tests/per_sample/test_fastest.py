@@ -91,6 +91,13 @@ class TestBenchmark:
         ((case, *_),) = fastest.MEASURED
         assert methods_within(case) == ["grouped", "chunked"]
 
+    def test_features_of_inference_mode(self) -> None:
+        input, routing, weight, _ = draw()
+        with torch.inference_mode():
+            features = input * 2
+        y = dynamic_conv2d(features, routing, weight.detach(), method="benchmark")
+        assert torch.autograd.grad(y.sum(), routing)[0].shape == routing.shape
+
     def test_inference_mode(self) -> None:
         tensors = draw()
         with torch.inference_mode():

@@ -19,7 +19,15 @@ from scipy.optimize import nnls
 
 from dyn_lightning.functional import prepared
 from dyn_lightning.per_sample.case import Case, case_of
-from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, Costs, choose, methods_within, mixed_first
+from dyn_lightning.per_sample.choice import (
+    MAX_MIXED_BYTES,
+    Costs,
+    choose,
+    methods_within,
+    mixed_first,
+    mixed_first_work,
+    mixture_work,
+)
 from experiments.benchmarks.dynamic_conv.layers import quality
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
@@ -34,6 +42,8 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
     for result in measured["results"]["layers"]:
         in_channels, out_channels, size, stride, padding, groups, pixels = result["shape"]
         x = torch.empty(result["batch"], in_channels, pixels, pixels)
+        if measured["channels_last"]:
+            x = x.contiguous(memory_format=torch.channels_last)
         weight = torch.empty(measured["kernels"], out_channels, in_channels // groups, size, size)
         tensors = prepared(x, weight, stride, padding, 1, groups)
         found.append((case_of(*tensors, result["training"], MAX_MIXED_BYTES), result))
@@ -47,18 +57,12 @@ def is_open(case: Case) -> bool:
 
 def fit(results: list[Result]) -> Costs:
     """Fit one kind of layer and job; a picosecond is 1e-9 of the milliseconds that were measured."""
-    mixing = [
-        ((case.mixed_weights, case.weight[0] * case.mixed_weights, case.multiply_adds), times[first])
-        for case, first, times in results
-    ]
-    last = [
-        ((case.weight[0] * case.multiply_adds, case.weight.numel(), case.weight[0] * case.outputs), times["mixture"])
-        for case, _, times in results
-    ]
-    numbers: list[float] = []
+    mixing = [(mixed_first_work(case), times[first]) for case, first, times in results]
+    last = [(mixture_work(case), times["mixture"]) for case, _, times in results]
+    numbers = []
     for pairs in (mixing, last):
-        design = np.array([[number / time * 1e-9 for number in features] for features, time in pairs])
-        numbers += nnls(design, np.ones(len(design)))[0].tolist()
+        design = np.array([[number / time * 1e-9 for number in work] for work, time in pairs])
+        numbers.append(tuple(nnls(design, np.ones(len(design)))[0].tolist()))
     return Costs(*numbers)
 
 
@@ -70,7 +74,8 @@ def main(paths: list[str]) -> None:
     for kind in sorted({(case.is_product, case.training) for case, *_ in results}, reverse=True):
         these = [row for row in results if (row[0].is_product, row[0].training) == kind]
         costs = fit(these)
-        print(f"{kind}: Costs({', '.join(f'{number:.1f}' for number in costs)}),  # {len(these)} cases, but for")
+        rounded = ", ".join(f"({', '.join(f'{number:.1f}' for number in numbers)})" for numbers in costs)
+        print(f"{kind}: Costs({rounded}),  # {len(these)} cases, but for")
         for case, first, times in these:
             chosen = "mixture" if costs.prefer_mixture(case) else first
             best = min(times[name] for name in times if name not in ("static", "timm"))

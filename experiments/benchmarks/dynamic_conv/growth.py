@@ -26,7 +26,7 @@ def growth(options: Any) -> list[dict[str, Any]]:
     print(f"\n{NETWORK}, {SIZE} px, training step: milliseconds of the static network, then relative to it by K")
     print(f"{'batch':8}" + head([*columns]))
     for batch in BATCHES:
-        times, _ = in_processes(columns, NETWORK, SIZE, batch, True, options)
+        times, _ = in_processes(columns, NETWORK, SIZE, batch, True, options, patience=math.inf)
         ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in [*columns][1:])
         print(f"{batch:<8}{times['static']:9.1f}{ratios}", flush=True)
         models = {name: converted(NETWORKS[NETWORK], *column).to(options.device) for name, column in columns.items()}

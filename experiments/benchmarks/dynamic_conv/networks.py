@@ -113,9 +113,18 @@ def measure(
 
 
 def in_processes(
-    columns: Mapping[str, tuple[str, int]], network: str, size: int, batch: int, training: bool, options: Any
+    columns: Mapping[str, tuple[str, int]],
+    network: str,
+    size: int,
+    batch: int,
+    training: bool,
+    options: Any,
+    patience: float = 4,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Give the median milliseconds and the MiB of each (method, K), measured in turn, a process each time."""
+    """Give the median milliseconds and the MiB of each (method, K), measured in turn, a process each time.
+
+    What takes ``patience`` times as long as the fastest is measured in one process alone.
+    """
     peaks: dict[str, float] = {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -126,7 +135,7 @@ def in_processes(
             times, peaks[column] = pool.apply(measure, settings)
         return times
 
-    return in_turn(times_of, [*columns], options.rounds, patience=4, sure=1), peaks
+    return in_turn(times_of, [*columns], options.rounds, patience, sure=1), peaks
 
 
 def networks(options: Any) -> list[dict[str, Any]]:
