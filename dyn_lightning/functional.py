@@ -187,7 +187,7 @@ def _in_one_type(input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor
         ValueError: input and weight are of different types.
     """
     tensors, device = (input, weight, *others), input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(
             tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

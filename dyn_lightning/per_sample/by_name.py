@@ -43,5 +43,5 @@ def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case)
     """Compute by a method; chunks get the bytes that they may take."""
     if method != "chunked":
         return METHODS[method](input, routing, weight, case.geometry)
-    limit = min(CACHED_BYTES, case.allowed) if case.device == "cpu" else case.allowed
+    limit = min(CACHED_BYTES, case.allowed()) if case.device == "cpu" else case.allowed()
     return chunked(input, routing, weight, case.geometry, limit)

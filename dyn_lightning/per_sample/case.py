@@ -17,7 +17,7 @@ from dyn_lightning.per_sample.methods import (
 
 
 class Case(NamedTuple):
-    """All that a choice depends on."""
+    """All that a choice depends on. Without properties: to the compiler of torch 2.8 a named tuple has none."""
 
     input: torch.Size
     weight: torch.Size
@@ -29,64 +29,55 @@ class Case(NamedTuple):
     training: bool
     max_mixed_bytes: int
 
-    @property
     def allowed(self) -> int:
         """Bytes that may be held in the forward pass: half in training, since the gradients take as much again."""
         return self.max_mixed_bytes // 2 if self.training else self.max_mixed_bytes
 
-    @property
     def is_product(self) -> bool:
         """Whether a sample's convolution is one matrix product."""
         return multiplies(self.weight, self.geometry)
 
-    @property
     def is_depthwise(self) -> bool:
         """Whether each group has one input channel."""
         return is_depthwise(self.weight, self.geometry)
 
-    @property
     def positions(self) -> int:
         """Positions of the output."""
         return math.prod(positions(self.input, self.weight, self.geometry))
 
-    @property
     def mixed_weights(self) -> int:
         """Weights of the B mixed kernels."""
         return self.input[0] * math.prod(self.weight[1:])
 
-    @property
     def multiply_adds(self) -> int:
         """Multiply-adds of a static convolution."""
-        return self.mixed_weights * self.positions
+        return self.mixed_weights() * self.positions()
 
-    @property
     def outputs(self) -> int:
         """Numbers that a static convolution gives."""
-        return self.input[0] * self.weight[1] * self.positions
+        return self.input[0] * self.weight[1] * self.positions()
 
-    @property
     def patches(self) -> int:
         """Numbers of the unfolded input, none where it can be multiplied as it is."""
-        if self.is_product:
+        if self.is_product():
             return 0 if self.dense else math.prod(self.input)
-        return self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions
+        return self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions()
 
-    @property
     def held(self) -> dict[str, int]:
         """Numbers that each method of torch's own operations holds at once, beside input, kernels and output."""
-        pixels, outputs, mixed = math.prod(self.input), self.outputs, self.mixed_weights
+        pixels, outputs, mixed = math.prod(self.input), self.outputs(), self.mixed_weights()
         copied = 0 if self.dense else pixels  # by whatever wants a layout
-        unfolded = self.patches if self.is_product else self.patches + pixels  # which unfolding takes for a while
+        unfolded = self.patches() if self.is_product() else self.patches() + pixels  # which unfolding takes for a while
         mixture = self.weight[0] * outputs
-        if mixes_rows(self.weight, self.geometry, self.positions):
-            mixture += pixels if self.is_product else 2 * self.patches + pixels
+        if mixes_rows(self.weight, self.geometry, self.positions()):
+            mixture += pixels if self.is_product() else 2 * self.patches() + pixels
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied
         if not self.channels_last:
             return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture}
         # What comes out contiguous is copied.
-        again = 0 if self.is_product else outputs
+        again = 0 if self.is_product() else outputs
         return {"grouped": mixed + pixels + outputs, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 

@@ -35,13 +35,13 @@ class Costs(NamedTuple):
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
     """Count weights of the B mixed kernels, what these are mixed of, and multiply-adds of the convolution."""
-    return case.mixed_weights, case.weight[0] * case.mixed_weights, case.multiply_adds
+    return case.mixed_weights(), case.weight[0] * case.mixed_weights(), case.multiply_adds()
 
 
 def mixture_work(case: Case) -> tuple[int, ...]:
     """Count multiply-adds of the convolution with all K kernels, their weights, and the numbers that they give."""
     kernels = case.weight[0]
-    return kernels * case.multiply_adds, math.prod(case.weight), kernels * case.outputs
+    return kernels * case.multiply_adds(), math.prod(case.weight), kernels * case.outputs()
 
 
 def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
@@ -71,39 +71,39 @@ CUDA_COSTS = {
 def choose(case: Case) -> str:
     """Name the method with the least cost, from shapes, type and kind of device alone: all DDP ranks take the same."""
     if in_strict_export():  # a comparison would close what is left open of the batch
-        return "matmul" if case.is_product else "grouped"
+        return "matmul" if case.is_product() else "grouped"
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
     first = first if first in within else "chunked"
     # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
-    if case.input[0] == 1 or case.is_depthwise or "mixture" not in within:
+    if case.input[0] == 1 or case.is_depthwise() or "mixture" not in within:
         return first
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
-    return "mixture" if costs[case.is_product, case.training].prefer_mixture(case) else first
+    return "mixture" if costs[case.is_product(), case.training].prefer_mixture(case) else first
 
 
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        return "matmul" if case.is_product or case.patches <= FEW_PATCHES else "grouped"
-    if case.device == "cpu" and ((case.is_depthwise and case.channels_last) or chunks_are_faster(case)):
+        return "matmul" if case.is_product() or case.patches() <= FEW_PATCHES else "grouped"
+    if case.device == "cpu" and ((case.is_depthwise() and case.channels_last) or chunks_are_faster(case)):
         return "chunked"
-    one_weight = math.prod(case.weight[2:]) == 1 and case.positions <= FEW_POSITIONS  # what is left of depthwise ones
-    small = case.geometry.groups == 1 and case.positions <= SMALL_MAP
-    return "matmul" if case.is_product or one_weight or small else "grouped"
+    one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones
+    small = case.geometry.groups == 1 and case.positions() <= SMALL_MAP
+    return "matmul" if case.is_product() or one_weight or small else "grouped"
 
 
 def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
-    mixed = case.mixed_weights * case.bytes_each
-    if case.is_product:
+    mixed = case.mixed_weights() * case.bytes_each
+    if case.is_product():
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
-    maps = (math.prod(case.input) * case.bytes_each, case.outputs * case.bytes_each)
+    maps = (math.prod(case.input) * case.bytes_each, case.outputs() * case.bytes_each)
     return max(mixed, sum(maps) if case.training else max(maps)) >= KEPT_BYTES
 
 
 def methods_within(case: Case) -> list[str]:
     """Name the methods that hold no more than is allowed; chunks can always be small enough."""
-    found = [name for name, numbers in case.held.items() if numbers * case.bytes_each <= case.allowed]
+    found = [name for name, numbers in case.held().items() if numbers * case.bytes_each <= case.allowed()]
     return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]

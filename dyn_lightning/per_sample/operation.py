@@ -28,13 +28,16 @@ def operation(name: str, forward: Callable[..., Tensor], backward: Callable[...,
     Returns:
         A function of ``(input, routing, weight, geometry, *settings)``.
     """
+    takes = "Tensor input, Tensor routing, Tensor weight, SymInt[] numbers"  # torch 2.6 cannot infer it from list[int]
 
-    @torch.library.custom_op(f"dyn_lightning::{name}", mutates_args=())
+    @torch.library.custom_op(f"dyn_lightning::{name}", mutates_args=(), schema=f"({takes}) -> Tensor")
     def run(input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
         with _as_it_is(input):
             return forward(input, routing, weight, *_unpacked(numbers))
 
-    @torch.library.custom_op(f"dyn_lightning::{name}_backward", mutates_args=())
+    @torch.library.custom_op(
+        f"dyn_lightning::{name}_backward", mutates_args=(), schema=f"(Tensor grad, {takes}, bool[] needed) -> Tensor[]"
+    )
     def run_backward(
         grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, numbers: Numbers, needed: list[bool]
     ) -> list[Tensor]:

@@ -52,7 +52,7 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
 
 def is_open(case: Case) -> bool:
     """Tell whether the choice is between mixing the kernels and mixing the outputs."""
-    return case.input[0] > 1 and not case.is_depthwise and "mixture" in methods_within(case)
+    return case.input[0] > 1 and not case.is_depthwise() and "mixture" in methods_within(case)
 
 
 def fit(results: list[Result]) -> Costs:
@@ -71,8 +71,8 @@ def main(paths: list[str]) -> None:
     measured = {path: cases(path) for path in paths}
     results = [(case, mixed_first(case), result["milliseconds"]) for rows in measured.values() for case, result in rows]
     results = [row for row in results if is_open(row[0])]
-    for kind in sorted({(case.is_product, case.training) for case, *_ in results}, reverse=True):
-        these = [row for row in results if (row[0].is_product, row[0].training) == kind]
+    for kind in sorted({(case.is_product(), case.training) for case, *_ in results}, reverse=True):
+        these = [row for row in results if (row[0].is_product(), row[0].training) == kind]
         costs = fit(these)
         rounded = ", ".join(f"({', '.join(f'{number:.1f}' for number in numbers)})" for numbers in costs)
         print(f"{kind}: Costs({rounded}),  # {len(these)} cases, but for")
