@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import Costs
+from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, mixed_first
 from dyn_lightning.per_sample.methods import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes
 from experiments.benchmarks.dynamic_conv.__main__ import main
@@ -59,6 +59,19 @@ def test_fit_finds_the_costs_that_made_the_times() -> None:
         results.append((case, "grouped", times))
     for found, made in zip(fit(results), costs, strict=True):
         assert found == pytest.approx(made, rel=1e-6)
+
+
+def test_the_costs_are_those_of_the_kept_runs() -> None:
+    results = Path(growth.__file__).parents[1] / "results"
+    rows = [row for name in ("layers", "layers_k16") for row in fit_costs.cases(str(results / f"{name}.json"))]
+    for kind, costs in CPU_COSTS.items():
+        these = [
+            (case, mixed_first(case), result["milliseconds"])
+            for case, result in rows
+            if fit_costs.is_open(case) and (case.is_product(), case.training) == kind
+        ]
+        for found, kept in zip(fit(these), costs, strict=True):
+            assert kept == pytest.approx(found, rel=0.01)
 
 
 def test_quality_compares_the_chosen_method() -> None:
