@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dyn_lightning.checks import as_padding, as_steps, check_batched, check_count
+from dyn_lightning.checks import Pair, as_padding, as_steps, check_batched, check_count
 from dyn_lightning.conv2d import in_format_of
 from dyn_lightning.per_sample.by_name import CHOICES, run
-from dyn_lightning.per_sample.case import case_of
-from dyn_lightning.per_sample.choice import MAX_MIXED_BYTES, choose
+from dyn_lightning.per_sample.case import MAX_MIXED_BYTES, Case, case_of
+from dyn_lightning.per_sample.choice import choose
 from dyn_lightning.per_sample.fastest import fastest
-from dyn_lightning.per_sample.methods import Geometry, Pair, mix_kernels
-from dyn_lightning.per_sample.reduction import plan_of, reduced
+from dyn_lightning.per_sample.methods import layout_of, mix_kernels
+from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
+from dyn_lightning.per_sample.tracing import remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
@@ -74,24 +76,28 @@ def dynamic_conv2d(
         torch.Size([2, 6, 7, 6])
     """
     check_method(method, max_mixed_bytes)
-    full, kernels = input, weight
-    input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
-    _check_rows(full, routing, kernels, bias)
+    check_batched(input)
     if routing.dtype != weight.dtype:  # `to` would take longer to find out
         routing = routing.to(weight.dtype)
-    input, weight, routing = _in_one_type(input, weight, routing)
+    full, device = input, input.device.type
+    input, weight, routing = _in_one_type(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
-    case = case_of(input, weight, geometry, training, max_mixed_bytes)
     compiling = torch.compiler.is_compiling()
+    plan, case, taken = _decided(
+        method if compiling else INSTEAD.get() or method,
+        input.shape,
+        routing.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        _in_pairs(stride, padding, dilation, groups),
+        (layout_of(input), input.element_size(), device, training, max_mixed_bytes),
+    )
+    input, weight = reduced(input, weight, plan)
+    if taken == "benchmark":
+        taken = choose(case) if compiling else fastest(input, routing, weight, case)
     if not compiling:
-        method = INSTEAD.get() or method
-    if input.shape[0] == 0 or method == "auto" or (method == "benchmark" and compiling):
-        method = choose(case)
-    elif method == "benchmark":
-        method = fastest(input, routing, weight, case)
-    if not compiling:
-        NOTE.get()(method)
-    output = run(method, input, routing, weight, case)
+        NOTE.get()(taken)
+    output = run(taken, input, routing, weight, case)
     if bias is not None:
         output = output + mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
     return in_format_of(full, output)
@@ -131,9 +137,11 @@ def choose_method(
         'mixture'
     """
     check_method("auto", max_mixed_bytes)
-    input, weight, geometry = prepared(input, weight, stride, padding, dilation, groups)
-    input, weight = _in_one_type(input, weight)
-    return choose(case_of(input, weight, geometry, training, max_mixed_bytes))
+    check_batched(input)
+    device = input.device.type
+    input, weight = _in_one_type(device, input, weight)
+    plan = plan_of(input.shape, weight.shape, *_in_pairs(stride, padding, dilation, groups))
+    return choose(case_of(plan, layout_of(input), input.element_size(), device, training, max_mixed_bytes))
 
 
 def check_method(method: str, max_mixed_bytes: int) -> None:
@@ -147,46 +155,57 @@ def check_method(method: str, max_mixed_bytes: int) -> None:
         raise ValueError(f"method={method!r} does not exist, choose one of {[*CHOICES]}")
 
 
-def prepared(
-    input: Tensor,
-    weight: Tensor,
-    stride: int | Pair,
-    padding: int | Pair | str,
-    dilation: int | Pair,
-    groups: int,
-) -> tuple[Tensor, Tensor, Geometry]:
-    """Check a convolution's shapes and numbers, and bring it to the least that is to be computed.
+@remembered
+def _decided(
+    method: str,
+    input: torch.Size,
+    routing: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    geometry: tuple[Pair, Pair | str, Pair, int],
+    rest: tuple[Any, ...],
+) -> tuple[Plan, Case, str]:
+    """Check all sizes and choose a method, once: on small maps each step of Python would be seen.
+
+    Args:
+        method: that is asked for.
+        input: a size, like the next three.
+        routing: one row a sample.
+        weight: K kernels.
+        bias: K of them, or None.
+        geometry: stride, padding, dilation and groups.
+        rest: what ``case_of`` takes after the plan.
 
     Returns:
-        Input and weight without what cannot be seen in the output, and the geometry of their convolution.
-
-    Raises:
-        ValueError: as in ``dynamic_conv2d``.
+        What is to be computed, all that the choice depends on, and a method, or ``"benchmark"``.
     """
-    check_batched(input)
-    check_count("groups", groups)
-    numbers = (as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation))
-    return reduced(input, weight, plan_of(input.shape, weight.shape, *numbers, groups))
-
-
-def _check_rows(input: Tensor, routing: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    kernels, out_channels = weight.shape[:2]
-    if routing.shape != (input.shape[0], kernels):
+    plan = plan_of(input, weight, *geometry)
+    kernels, out_channels = weight[:2]
+    if routing != (input[0], kernels):
         raise ValueError(
-            f"routing of shape {tuple(routing.shape)} must be (B, K) = ({input.shape[0]}, {kernels}): B as in input of "
-            f"shape {tuple(input.shape)}, K as in weight of shape {tuple(weight.shape)}"
+            f"routing of shape {tuple(routing)} must be (B, K) = ({input[0]}, {kernels}): B as in input of "
+            f"shape {tuple(input)}, K as in weight of shape {tuple(weight)}"
         )
-    if bias is not None and bias.shape != (kernels, out_channels):
-        raise ValueError(f"bias of shape {tuple(bias.shape)} must be (K, C_out) = ({kernels}, {out_channels})")
+    if bias is not None and bias != (kernels, out_channels):
+        raise ValueError(f"bias of shape {tuple(bias)} must be (K, C_out) = ({kernels}, {out_channels})")
+    case = case_of(plan, *rest)
+    return plan, case, choose(case) if method == "auto" or input[0] == 0 else method
 
 
-def _in_one_type(input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def _in_pairs(
+    stride: int | Pair, padding: int | Pair | str, dilation: int | Pair, groups: int
+) -> tuple[Pair, Pair | str, Pair, int]:
+    check_count("groups", groups)
+    return as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation), groups
+
+
+def _in_one_type(device: str, input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts what a convolution takes (chunks would otherwise be cast one by one), and check the types.
 
     Raises:
         ValueError: input and weight are of different types.
     """
-    tensors, device = (input, weight, *others), input.device.type
+    tensors = (input, weight, *others)
     if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(

@@ -36,7 +36,8 @@ def test_the_slow_alone_are_given_up(sure: int) -> None:
     times = in_turn(measure, [*each], rounds=4, patience=3, sure=sure)
     assert times == {name: 2 * time for name, time in each.items()}
     assert [order.count(name) for name in each] == [4, 4, 4, sure]  # static does not count as the fastest
-    assert order[:7] == [*each, *([*each][::-1] if sure == 2 else ["near", "fast", "static"])][:7]
+    assert sorted(order[:4]) == sorted(each)
+    assert order[:4] != order[-4:]
 
 
 def test_interleaved_calls_the_short_several_times() -> None:

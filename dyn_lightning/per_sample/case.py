@@ -4,23 +4,25 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dyn_lightning.per_sample.methods import (
     Geometry,
-    is_channels_last,
     is_depthwise,
     mixes_rows,
     multiplies,
     positions,
 )
+from dyn_lightning.per_sample.reduction import Plan
+
+# Bytes that a layer may hold beside its input, kernels and output, with their gradients, where its method is chosen.
+MAX_MIXED_BYTES = 256 << 20
 
 
 class Case(NamedTuple):
     """All that a choice depends on. Without properties: to the compiler of torch 2.8 a named tuple has none."""
 
-    input: torch.Size
-    weight: torch.Size
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
     geometry: Geometry
     bytes_each: int
     device: str
@@ -81,16 +83,19 @@ class Case(NamedTuple):
         return {"grouped": mixed + pixels + outputs, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 
-def case_of(input: Tensor, weight: Tensor, geometry: Geometry, training: bool, max_mixed_bytes: int) -> Case:
-    """Say all that the choice of a method depends on."""
-    channels_last = is_channels_last(input)
-    where = (input.element_size(), input.device.type, channels_last, channels_last or input.is_contiguous())
-    images, kernels = input.shape, weight.shape
+def case_of(
+    plan: Plan, layout: str, bytes_each: int, device: str, training: bool = True, max_mixed_bytes: int = MAX_MIXED_BYTES
+) -> Case:
+    """Say all that the choice of a method depends on, of a convolution brought to the least that is to be computed."""
+    # Padded, a map is dense; without the pixels that no kernel sees, only where it is copied to be channels_last.
+    dense = layout == "channels_last" or (plan.step == (1, 1) and (layout == "contiguous" or bool(plan.zeros)))
+    images, kernels = plan.input, plan.weight
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
         images, kernels = _hints(images), _hints(kernels)
-    return Case(images, kernels, geometry, *where, training, max_mixed_bytes)
+    last = layout == "channels_last"
+    return Case(images, kernels, plan.geometry, bytes_each, device, last, dense, training, max_mixed_bytes)
 
 
-def _hints(shape: torch.Size) -> torch.Size:
+def _hints(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Give an export's open sizes the values of its example, since a choice by the open ones would fix them."""
-    return torch.Size([size.node.hint if isinstance(size, torch.SymInt) else size for size in shape])
+    return tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in shape)

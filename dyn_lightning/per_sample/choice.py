@@ -6,10 +6,8 @@ from typing import NamedTuple
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
-from dyn_lightning.per_sample.tracing import in_strict_export, remembered
+from dyn_lightning.per_sample.tracing import in_strict_export
 
-# Bytes that a layer may hold beside its input, kernels and output, with their gradients, where its method is chosen.
-MAX_MIXED_BYTES = 256 << 20
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
 # page, each time. From about there on chunks are faster.
 KEPT_BYTES = 32 << 20
@@ -67,7 +65,6 @@ CUDA_COSTS = {
 }
 
 
-@remembered
 def choose(case: Case) -> str:
     """Name the method with the least cost, from shapes, type and kind of device alone: all DDP ranks take the same."""
     if in_strict_export():  # a comparison would close what is left open of the batch

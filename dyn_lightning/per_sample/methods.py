@@ -47,7 +47,7 @@ def output_length(size: int, length: int, step: int, zeros: int, distance: int) 
 
 
 def padding_in_numbers(
-    input: torch.Size, padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
+    input: tuple[int, ...], padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
 ) -> tuple[tuple[int, ...], Pair]:
     """Turn "same" and "valid" into numbers: what one side has more of, for ``F.pad``, and what both sides have."""
     if not isinstance(padding, str):
@@ -118,22 +118,22 @@ def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
 Method = Callable[..., Tensor]  # of input, routing, weight and geometry
 
 
-def multiplies(weight: torch.Size, geometry: Geometry) -> bool:
+def multiplies(weight: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether a sample's convolution is one matrix product with the sample as it lies in memory."""
     return weight[-2:] == (1, 1) and geometry == Geometry((1, 1), (0, 0), geometry.dilation, 1)
 
 
-def mixes_rows(weight: torch.Size, geometry: Geometry, positions: int) -> bool:
+def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> bool:
     """Tell whether the mixture multiplies rows of (unfolded) pixels with the K kernels."""
     return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
 
 
-def is_depthwise(weight: torch.Size, geometry: Geometry) -> bool:
+def is_depthwise(weight: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether each group has one input channel."""
     return weight[2] == 1 < geometry.groups
 
 
-def positions(input: torch.Size, weight: torch.Size, geometry: Geometry) -> Pair:
+def positions(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> Pair:
     """Give the output's rows and columns, for an input ``(..., H, W)`` and weights ``(..., kH, kW)``."""
     stride, padding, dilation, _ = geometry
     return output_size((input[-2], input[-1]), (weight[-2], weight[-1]), stride, padding, dilation)
@@ -161,8 +161,14 @@ def empty_map(input: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
+def layout_of(input: Tensor) -> str:
+    """Say how a map lies in memory: "contiguous", "channels_last", or "strided" for anything else."""
+    if input.is_contiguous():
+        return "contiguous"
+    last = not in_function_transform() and input.is_contiguous(memory_format=torch.channels_last)
+    return "channels_last" if last else "strided"
+
+
 def is_channels_last(input: Tensor) -> bool:
     """Tell whether a map lies in memory pixel by pixel, and not channel by channel too."""
-    if in_function_transform():
-        return False
-    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return layout_of(input) == "channels_last"

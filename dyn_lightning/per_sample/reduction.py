@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, output_length, padding_in_numbers
-from dyn_lightning.per_sample.tracing import remembered
 
 
 class Plan(NamedTuple):
@@ -16,15 +15,13 @@ class Plan(NamedTuple):
     zeros: tuple[int, ...]  # what "same" has more of on one side, for F.pad
     step: Pair  # of the pixels that 1x1 kernels see
     unseen: tuple[int, ...]  # what is cut off kernels, negative, for F.pad
-    geometry: Geometry
+    input: tuple[int, ...]  # the sizes that are left
+    weight: tuple[int, ...]
+    geometry: Geometry  # with the padding in numbers
 
 
-def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Geometry]:
-    """Leave out of kernels what only ever sees padding, and of the input the pixels that strided 1x1 kernels skip.
-
-    Returns:
-        Input and weight, and the geometry that is left, with the padding in numbers.
-    """
+def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Leave out of kernels what only ever sees padding, and of the input the pixels that strided 1x1 kernels skip."""
     if plan.zeros:
         input = F.pad(input, plan.zeros)
     if plan.step != (1, 1):
@@ -34,12 +31,16 @@ def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor, 
             input = input.contiguous(memory_format=torch.channels_last)
     if plan.unseen:
         weight = F.pad(weight, plan.unseen)  # cut by a pad: its gradient is widened in one pass
-    return input, weight, plan.geometry
+    return input, weight
 
 
-@remembered
 def plan_of(
-    input: torch.Size, weight: torch.Size, steps: Pair, padding: Pair | str, distances: Pair, groups: int
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    steps: Pair,
+    padding: Pair | str,
+    distances: Pair,
+    groups: int,
 ) -> Plan:
     """Find what can be left out of a convolution.
 
@@ -67,13 +68,14 @@ def plan_of(
             )
         first = max(0, -(-(padded[axis] - (count - 1) * steps[axis]) // distances[axis]))
         last = min(lengths[axis] - 1, (size[axis] - 1 + padded[axis]) // distances[axis])
-        length, left = last - first + 1, padded[axis] - first * distances[axis]
+        length, rest = last - first + 1, padded[axis] - first * distances[axis]
         # Nothing is cut off where the padding would have to differ between the sides.
-        even = left >= 0 and output_length(size[axis], length, steps[axis], left, distances[axis]) == count
+        even = rest >= 0 and output_length(size[axis], length, steps[axis], rest, distances[axis]) == count
         if input[0] > 1 and 0 < length < lengths[axis] and even:
             unseen[2 - 2 * axis : 4 - 2 * axis] = -first, last + 1 - lengths[axis]
-            lengths[axis], padded[axis] = length, left
+            lengths[axis], padded[axis] = length, rest
     step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
     steps = (1, 1) if step == steps else steps
+    left = (*input[:2], -(-size[0] // step[0]), -(-size[1] // step[1]))
     geometry = Geometry(steps, (padded[0], padded[1]), distances, groups)
-    return Plan(zeros, step, tuple(unseen) if any(unseen) else (), geometry)
+    return Plan(zeros, step, tuple(unseen) if any(unseen) else (), left, (*weight[:3], *lengths), geometry)

@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ def in_turn(
     sure: int = 2,
     baseline: str = "static",
 ) -> dict[str, float]:
-    """Measure several things in turn, in the other order every second round, and give each one's median milliseconds.
+    """Measure several things in turn, in an order drawn for each round, and give each one's median milliseconds.
+
+    In a fixed order each would always find the cache as the same other one left it; there and back, the first and the
+    last would find it as they left it themselves.
 
     Args:
         measure: gives one or more measurements of a name.
@@ -36,7 +40,7 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         fastest = min((min(taken) for name, taken in times.items() if taken and name != baseline), default=math.inf)
-        for name in list(names)[:: -1 if turn % 2 else 1]:
+        for name in Random(turn).sample(names, len(names)):
             if turn < sure or min(times[name]) <= patience * fastest:
                 times[name] += measure(name)
     return {name: round(statistics.median(taken), 4) for name, taken in times.items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dyn_lightning.functional import prepared
+from dyn_lightning.per_sample.reduction import plan_of, reduced
 from tests.per_sample.loop import assert_equals_the_loop, draw
 
 
@@ -31,13 +31,15 @@ def test_rows_and_columns_that_see_only_padding(
 )
 def test_they_are_cut_off(size: Any, stride: int, padding: int, kept: Any, left: Any) -> None:
     input, _, weight, _ = draw(2, size)
-    _, cut, geometry = prepared(input, weight, stride, padding, 1, 1)
-    assert cut.shape[3:] == kept
-    assert geometry.padding == left
+    plan = plan_of(input.shape, weight.shape, (stride, stride), (padding, padding), (1, 1), 1)
+    assert plan.weight[3:] == reduced(input, weight, plan)[1].shape[3:] == kept
+    assert plan.geometry.padding == left
 
 
 def test_a_strided_1x1_convolution_sees_every_other_pixel() -> None:
     input, _, weight, _ = draw(kernel_size=(1, 1))
-    pixels, _, geometry = prepared(input, weight, (2, 3), 0, 1, 1)
-    assert geometry.stride == (1, 1)
+    plan = plan_of(input.shape, weight.shape, (2, 3), (0, 0), (1, 1), 1)
+    pixels, _ = reduced(input, weight, plan)
+    assert plan.geometry.stride == (1, 1)
+    assert plan.input == pixels.shape
     assert torch.equal(pixels, F.avg_pool2d(input, 1, (2, 3)))

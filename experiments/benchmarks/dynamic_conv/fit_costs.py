@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.optimize import nnls
 
-from dyn_lightning.functional import prepared
 from dyn_lightning.per_sample.case import Case, case_of
 from dyn_lightning.per_sample.choice import (
-    MAX_MIXED_BYTES,
     Costs,
     choose,
     methods_within,
@@ -28,6 +25,7 @@ from dyn_lightning.per_sample.choice import (
     mixed_first_work,
     mixture_work,
 )
+from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
@@ -41,12 +39,11 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
     found = []
     for result in measured["results"]["layers"]:
         in_channels, out_channels, size, stride, padding, groups, pixels = result["shape"]
-        x = torch.empty(result["batch"], in_channels, pixels, pixels)
-        if measured["channels_last"]:
-            x = x.contiguous(memory_format=torch.channels_last)
-        weight = torch.empty(measured["kernels"], out_channels, in_channels // groups, size, size)
-        tensors = prepared(x, weight, stride, padding, 1, groups)
-        found.append((case_of(*tensors, result["training"], MAX_MIXED_BYTES), result))
+        images = (result["batch"], in_channels, pixels, pixels)
+        weight = (measured["kernels"], out_channels, in_channels // groups, size, size)
+        layout = "channels_last" if measured["channels_last"] else "contiguous"
+        plan = plan_of(images, weight, (stride, stride), (padding, padding), (1, 1), groups)
+        found.append((case_of(plan, layout, 4, "cpu", result["training"]), result))
     return found
 
 

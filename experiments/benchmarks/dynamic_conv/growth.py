@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.cost import evaluating, methods, parameters
-from dyn_lightning.functional import prepared
 from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.networks import NETWORKS, converted, head, in_processes
 
 NETWORK, KERNELS, BATCHES, SIZE = "ResNet-18", (1, 2, 4, 8, 16), (8, 32, 128, 256), 32
@@ -43,8 +43,8 @@ def work_of(model: nn.Module, batch: int, device: torch.device) -> dict[str, flo
     def count(name: str, layer: DynamicConv2d, inputs: tuple[Tensor, ...]) -> None:
         nonlocal mixed
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        seen = prepared(inputs[0], layer.weight, *geometry)[1]  # what is not padding alone
-        mixed += 0 if taken[name] == "mixture" else batch * seen[0].numel()
+        seen = plan_of(inputs[0].shape, layer.weight.shape, *geometry).weight  # what is not padding alone
+        mixed += 0 if taken[name] == "mixture" else batch * math.prod(seen[1:])
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv2d)}
     hooks = [layer.register_forward_pre_hook(partial(count, name)) for name, layer in layers.items()]

@@ -73,7 +73,8 @@ def measure_layer(
     peer = timm.layers.CondConv2d(in_channels, out_channels, size, stride, padding, 1, groups, num_experts=kernels).to(
         options.device
     )
-    peer.weight.requires_grad_(training)
+    # In the same memory, so that it finds the kernels in the cache as often.
+    peer.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=training)
 
     def compute(name: str) -> None:
         with torch.autocast(options.device.type, options.dtype, enabled=options.dtype != torch.float32):
