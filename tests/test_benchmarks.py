@@ -17,7 +17,7 @@ from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, mixed_first
 from dyn_lightning.per_sample.methods import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes
 from experiments.benchmarks.dynamic_conv.__main__ import main
-from experiments.benchmarks.dynamic_conv.fit_costs import fit
+from experiments.benchmarks.dynamic_conv.fit_costs import fit, lines
 from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained, work_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 from experiments.benchmarks.dynamic_conv.plots import draw
@@ -46,7 +46,7 @@ def test_interleaved_calls_the_short_several_times() -> None:
     assert len(calls) == 2 + 100
 
 
-def test_fit_finds_the_costs_that_made_the_times() -> None:
+def test_lines_are_the_costs_that_made_the_times() -> None:
     costs = Costs((5000, 300, 40), (30, 2000, 900))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
@@ -58,7 +58,7 @@ def test_fit_finds_the_costs_that_made_the_times() -> None:
         mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept)
         times = {"grouped": mixing * 1e-9, "mixture": mixture * 1e-9}
         results.append((case, "grouped", times))
-    for found, made in zip(fit(results), costs, strict=True):
+    for found, made in zip(lines(results), costs, strict=True):
         assert found == pytest.approx(made, rel=1e-6)
 
 

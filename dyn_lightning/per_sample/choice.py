@@ -50,10 +50,10 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16.
 CPU_COSTS = {
-    (True, True): Costs((2110, 99.7, 49.9), (34.5, 1540, 3680)),
-    (True, False): Costs((596, 36.3, 16.1), (14.0, 500, 799)),
-    (False, True): Costs((3060, 37.6, 42.8), (33.7, 3380, 0)),
-    (False, False): Costs((708, 28.0, 12.4), (9.2, 1450, 229)),
+    (True, True): Costs((2690, 83.9, 29.9), (34.6, 1100, 5670)),
+    (True, False): Costs((699, 22.8, 11.1), (11.1, 291, 1120)),
+    (False, True): Costs((3590, 188, 32.9), (42.9, 2650, 994)),
+    (False, False): Costs((1840, 0, 8.3), (13.4, 782, 1570)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.

@@ -2,10 +2,9 @@
 ``python -m experiments.benchmarks.dynamic_conv.fit_costs FILE.json [...]``.
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
-other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``),
-fitted by least squares of the relative error, with no negative number. Prints the numbers for ``choice.py``, the cases
-where a choice by them is more than 10 % slower than the best method, and how good the choices of today's ``choice.py``
-are.
+other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``).
+Prints the numbers for ``choice.py``, the cases where a choice by them is more than 10 % slower than the best method,
+and how good the choices of today's ``choice.py`` are.
 """
 
 import json
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
+from scipy.special import expit
 
 from dyn_lightning.per_sample.case import Case, case_of
 from dyn_lightning.per_sample.choice import (
@@ -27,6 +27,10 @@ from dyn_lightning.per_sample.choice import (
 )
 from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.layers import quality
+
+# How far two expected times may lie apart, as a logarithm, for a choice between them to be half a guess; and what it
+# costs to move the numbers away from the lines, which keeps those that no choice depends on.
+UNSURE, STAY = 0.1, 1e-3
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
 
@@ -53,11 +57,27 @@ def is_open(case: Case) -> bool:
 
 
 def fit(results: list[Result]) -> Costs:
-    """Fit one kind of layer and job; a picosecond is 1e-9 of the milliseconds that were measured."""
+    """Fit one kind of layer and job: the line of each way, then all numbers so that little time is lost by choices."""
+    mixing, last = (np.array([work(case) for case, *_ in results]) for work in (mixed_first_work, mixture_work))
+    gain = np.log([times["mixture"] / times[first] for _, first, times in results])  # by mixing first
+    start = np.concatenate(lines(results))
+
+    def lost(shifts: np.ndarray) -> float:
+        costs = start * np.exp(shifts)
+        expected = np.log(last @ costs[3:] / (mixing @ costs[:3]))
+        wrong = expit(-np.sign(gain) * expected / UNSURE)
+        return float(np.mean(np.abs(gain) * wrong) + STAY * shifts @ shifts)
+
+    costs = (start * np.exp(minimize(lost, np.zeros(6), tol=1e-8).x)).tolist()
+    return Costs(tuple(costs[:3]), tuple(costs[3:]))
+
+
+def lines(results: list[Result]) -> Costs:
+    """Fit the times of each way alone, by least squares of the relative error, with no negative number."""
     mixing = [(mixed_first_work(case), times[first]) for case, first, times in results]
     last = [(mixture_work(case), times["mixture"]) for case, _, times in results]
     numbers = []
-    for pairs in (mixing, last):
+    for pairs in (mixing, last):  # a picosecond is 1e-9 of the milliseconds that were measured
         design = np.array([[number / time * 1e-9 for number in work] for work, time in pairs])
         numbers.append(tuple(nnls(design, np.ones(len(design)))[0].tolist()))
     return Costs(*numbers)

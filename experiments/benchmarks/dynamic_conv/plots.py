@@ -56,7 +56,7 @@ def networks(results: list[dict[str, Any]]) -> Any:
             axis.bar(places, faster, width, bottom=1, color=colour, label=NAMES.get(method, method))
         axis.set_xticks(range(len(rows)), [f"{row['network']}\n{row['size']} px" for row in rows], fontsize=8)
         axis.set_ylabel("time / static network's")
-        axis.set_title(f"{job}, batch {rows[0]['batch']}", fontsize=10)
+        axis.set_title(_title(job, rows), fontsize=10)
         _logarithmic(axis)
         axis.axhline(1, color="black", linewidth=0.8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, fontsize=8, loc="outside upper center")
@@ -69,7 +69,8 @@ def layers(results: list[dict[str, Any]]) -> Any:
     figure, axes = plt.subplots(1, len(jobs), figsize=(4.4 * len(jobs), 5), layout="constrained", squeeze=False)
     for job, axis in zip(jobs, axes[0], strict=True):
         kinds: dict[str, list[tuple[float, float]]] = {"1x1": [], "depthwise": [], "k x k": []}
-        for row in (result for result in results if result["job"] == job):
+        rows = [result for result in results if result["job"] == job]
+        for row in rows:
             times, (_, _, size, _, _, groups, _) = row["milliseconds"], row["shape"]
             kind = "1x1" if size == 1 else "depthwise" if groups > 1 else "k x k"
             kinds[kind].append((times["timm"] / times["static"], times[row["auto"]] / times["static"]))
@@ -84,7 +85,7 @@ def layers(results: list[dict[str, Any]]) -> Any:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("timm's CondConv2d / static convolution")
-        axis.set_title(f"{job}, batch {next(row['batch'] for row in results if row['job'] == job)}", fontsize=10)
+        axis.set_title(_title(job, rows), fontsize=10)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("auto / static convolution\n(below the line: faster than timm's)")
     return figure
@@ -107,6 +108,10 @@ def growth(results: list[dict[str, Any]]) -> Any:
     axis.set_title("ResNet-18, 32 px: dynamic (lines) and static (dotted)", fontsize=10)
     axis.legend(fontsize=8)
     return figure
+
+
+def _title(job: str, rows: list[dict[str, Any]]) -> str:
+    return f"{job.removesuffix(' of one')}, batch {rows[0]['batch']}"
 
 
 def _logarithmic(axis: Axes) -> None:
