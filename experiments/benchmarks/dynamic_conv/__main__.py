@@ -24,7 +24,7 @@ from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
 from experiments.benchmarks.dynamic_conv.layers import SIZES, layers
 from experiments.benchmarks.dynamic_conv.modes import modes
-from experiments.benchmarks.dynamic_conv.networks import NETWORKS, networks, prepare
+from experiments.benchmarks.dynamic_conv.networks import JOBS, NETWORKS, networks, prepare
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import versions
 
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernels", type=count, default=4, help="K; growth has its own")
     parser.add_argument("--batch", type=count, default=32, help="of layers, networks and modes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of networks")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS], help="of networks")
     parser.add_argument("--sizes", nargs="+", type=count, default=SIZES, help="of the networks' images, in pixels")
     parser.add_argument("--channels_last", action="store_true", help="of all but modes")
     parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dyn_lightning.layers import DynamicConv2d
 from experiments.benchmarks.dynamic_conv.layers import Shape
-from experiments.benchmarks.dynamic_conv.networks import head
 from experiments.benchmarks.timing import interleaved
 
 SHAPES: list[Shape] = [
@@ -27,7 +26,8 @@ def modes(options: Any) -> list[dict[str, Any]]:
     results = []
     names = ("plain", "channels_last", "bfloat16", "compiled")
     print("\nmilliseconds of a forward and backward pass of DynamicConv2d, then relative to it, and nn.Conv2d likewise")
-    print(f"{'in, out, kernel, stride, padding, groups, map':48}{'':>8}{'plain':>9}" + head(names[1:]))
+    heads = "".join(f"{name:>14}" for name in names[1:])
+    print(f"{'in, out, kernel, stride, padding, groups, map':48}{'':>8}{'plain':>9}{heads}")
     for shape in SHAPES:
         in_channels, out_channels, *geometry, groups, pixels = shape
         arguments = (in_channels, out_channels, *geometry, 1, groups, False)
@@ -44,7 +44,7 @@ def modes(options: Any) -> list[dict[str, Any]]:
                 "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
             }
             times = interleaved(passes, options.rounds, options.device)
-            ratios = "".join(f"{times[name] / times['plain']:9.2f}" for name in names[1:])
+            ratios = "".join(f"{times[name] / times['plain']:14.2f}" for name in names[1:])
             print(f"{shape!s:48}{kind:>8}{times['plain']:9.2f}{ratios}", flush=True)
             results.append({"shape": shape, "layer": kind, "milliseconds": times})
     return results

@@ -143,6 +143,8 @@ def networks(options: Any) -> list[dict[str, Any]]:
     results = []
     columns = [*names(options), "auto"]
     for job, (batch, training) in JOBS.items():
+        if job not in options.jobs:
+            continue
         batch = batch or options.batch
         print(
             f"\n{job}, batch {batch}: milliseconds of the static network, and MiB beyond parameters and momentum, then "

@@ -116,7 +116,7 @@ def _title(job: str, rows: list[dict[str, Any]]) -> str:
 
 def _logarithmic(axis: Axes) -> None:
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="y", which="major", linewidth=0.3)
