@@ -105,6 +105,20 @@ def test_the_layer_table(name: str) -> None:
     assert line.endswith(row)
 
 
+def test_the_speed_table_is_of_kept_runs() -> None:
+    kept = set()
+    for path in (ROOT / "experiments/benchmarks/results").glob("networks*.json"):
+        results = json.loads(path.read_text())["results"]["networks"]
+        for network in {(result["network"], result["size"]) for result in results}:
+            jobs = [result for result in results if (result["network"], result["size"]) == network]
+            columns = [job["milliseconds"] for job in jobs] + [jobs[0]["MiB"]]
+            ratios = [f"{column[name] / column['static']:.2f}" for column in columns for name in ("auto", "timm")]
+            kept.add(f"| {network[0]}, {network[1]} px | {' | '.join(ratios)} |")
+    shown = re.findall(r"^\| .*, (?:32|224) px \|.*$", README, re.MULTILINE)
+    assert len(shown) >= 6
+    assert {*shown} <= kept
+
+
 def test_every_file_that_is_named_exists() -> None:
     for name in re.findall(r"\((docs/[^)]+)\)|(experiments/[\w/.]+\.yaml)", README):
         assert (ROOT / "".join(name)).is_file()
