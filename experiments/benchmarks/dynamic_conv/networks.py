@@ -1,11 +1,14 @@
 """Whole networks: a training step with SGD of a batch, forward passes of a batch and of one, and the peak memory.
 
-Each network runs in processes of its own, as in training: beside others its time depends on the memory that they left.
+Each network lives in a process of its own, as in training: in one, its time would depend on the memory that the others
+left. The processes take their steps in turn, since a machine's speed may change from minute to minute.
 """
 
 import math
 import multiprocessing
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -30,7 +33,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet-B0": partial(timm.create_model, "efficientnet_b0"),
 }
 JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
-STEPS = 3  # that are timed in a process, at least, after two that are not
+TURN = 500  # milliseconds that a process takes steps for in its turn; one step at least
 
 
 def prepare(options: Any) -> None:
@@ -99,17 +102,56 @@ def converted(build: Callable[[], nn.Module], name: str, kernels: int) -> nn.Mod
     return model
 
 
-def measure(
-    network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any
-) -> tuple[list[float], float]:
-    """Give the milliseconds of some steps, and the MiB that one takes beyond parameters and momentum."""
+class Stepping:
+    """A network that takes its steps in a process of its own.
+
+    Args:
+        settings: what ``_begin`` takes.
+    """
+
+    def __init__(self, *settings: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.process = ProcessPoolExecutor(1, context, _begin, settings)
+
+    def __enter__(self) -> "Stepping":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.shutdown()
+
+    def times(self) -> list[float]:
+        """Give the milliseconds of one turn's steps."""
+        return self.process.submit(_times).result()
+
+    def peak(self) -> float:
+        """Give the MiB that a step takes beyond parameters and momentum."""
+        return self.process.submit(_peak).result()
+
+
+_here: dict[str, Any] = {}  # what a process of its own has: the step, its device, and how many make a turn
+
+
+def _begin(network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any) -> None:
     prepare(options)
     step = make_step(converted(NETWORKS[network], name, kernels), batch, training, size, options)
     step()
-    again = milliseconds(step, 1, options.device)
-    count = max(STEPS, min(20, math.ceil(1000 / again)))
-    times = [milliseconds(step, 1, options.device) for _ in range(count)]
-    return times, round(peak_bytes(step, options.device) / 2**20, 1)
+    count = max(1, math.ceil(TURN / milliseconds(step, 1, options.device)))
+    _here.update(step=step, device=options.device, count=count)
+
+
+def _times() -> list[float]:
+    step, device = _here["step"], _here["device"]
+    if device.type == "cuda":
+        step()  # fetches the memory that it gave back
+    times = [milliseconds(step, 1, device) for _ in range(_here["count"])]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return times
+
+
+def _peak() -> float:
+    return round(peak_bytes(_here["step"], _here["device"]) / 2**20, 1)
 
 
 def in_processes(
@@ -121,21 +163,17 @@ def in_processes(
     options: Any,
     patience: float = 4,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Give the median milliseconds and the MiB of each (method, K), measured in turn, a process each time.
+    """Give the median milliseconds and the MiB of each (method, K).
 
-    What takes ``patience`` times as long as the fastest is measured in one process alone.
+    What takes ``patience`` times as long as the fastest takes steps in one turn alone.
     """
-    peaks: dict[str, float] = {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-
-    def times_of(column: str) -> list[float]:
-        with context.Pool(1) as pool:
-            settings = (network, *columns[column], size, batch, training, options)
-            times, peaks[column] = pool.apply(measure, settings)
-        return times
-
-    return in_turn(times_of, [*columns], options.rounds, patience, sure=1), peaks
+    with ExitStack() as stack:
+        stepping = {
+            column: stack.enter_context(Stepping(network, *how, size, batch, training, options))
+            for column, how in columns.items()
+        }
+        times = in_turn(lambda column: stepping[column].times(), [*columns], options.rounds, patience, sure=1)
+        return times, {column: stepping[column].peak() for column in columns}
 
 
 def networks(options: Any) -> list[dict[str, Any]]:
