@@ -13,7 +13,7 @@ from dyn_lightning.per_sample.tracing import in_strict_export
 KEPT_BYTES = 32 << 20
 # In a product both write the maps where they belong, and the mixed kernels alone count: chunks are faster from so many
 # bytes of these on. With a backward pass they mix twice, K multiply-adds a weight: from so many bytes times K on.
-MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 8 << 20
+MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 6 << 20
 # Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve.
 SMALL_MAP = 16
 # Numbers of one sample's unfolded input up to which its product takes less time than to begin a convolution.
@@ -50,7 +50,7 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16.
 CPU_COSTS = {
-    (True, True): Costs((2690, 83.9, 29.9), (34.6, 1100, 5670)),
+    (True, True): Costs((2620, 90.6, 30.4), (34.9, 1120, 5550)),
     (True, False): Costs((699, 22.8, 11.1), (11.1, 291, 1120)),
     (False, True): Costs((3590, 188, 32.9), (42.9, 2650, 994)),
     (False, False): Costs((1840, 0, 8.3), (13.4, 782, 1570)),
