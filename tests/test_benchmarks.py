@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic; what they measure is not tested."""
 
 import json
+import math
 from pathlib import Path
 from shutil import which
 
@@ -62,6 +63,15 @@ def test_lines_are_the_costs_that_made_the_times() -> None:
         assert found == pytest.approx(made, rel=1e-6)
 
 
+def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
+    """Give by how much the choices by some costs are slower than the better ones, as a sum of logarithms."""
+    total = 0.0
+    for case, first, times in results:
+        chosen = "mixture" if costs.prefer_mixture(case) else first
+        total += math.log(times[chosen] / min(times[first], times["mixture"]))
+    return total
+
+
 def test_the_costs_are_those_of_the_kept_runs() -> None:
     results = Path(growth.__file__).parents[1] / "results"
     rows = [row for name in ("layers", "layers_k16") for row in fit_costs.cases(str(results / f"{name}.json"))]
@@ -71,8 +81,10 @@ def test_the_costs_are_those_of_the_kept_runs() -> None:
             for case, result in rows
             if fit_costs.is_open(case) and (case.is_product(), case.training) == kind
         ]
-        for found, kept in zip(fit(these), costs, strict=True):
+        fitted = fit(these)
+        for found, kept in zip(fitted, costs, strict=True):
             assert kept == pytest.approx(found, rel=0.01)
+        assert lost(fitted, these) < lost(lines(these), these)
 
 
 def test_quality_compares_the_chosen_method() -> None:

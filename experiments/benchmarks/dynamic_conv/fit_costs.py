@@ -28,8 +28,8 @@ from dyn_lightning.per_sample.choice import (
 from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 
-# How far two expected times may lie apart, as a logarithm, for a choice between them to be half a guess; and what it
-# costs to move the numbers away from the lines, which keeps those that no choice depends on.
+# A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in this
+# unit. And what it costs to move the numbers away from the lines, which keeps those that no choice depends on.
 UNSURE, STAY = 0.1, 1e-3
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
