@@ -1,9 +1,11 @@
 """What the benchmarks share: interleaved timing, and the versions that a result depends on."""
 
+import ctypes
 import datetime
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -80,6 +82,16 @@ def milliseconds(function: Callable[[], Any], calls: int, device: torch.device) 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - start) / calls
+
+
+def give_back_memory(device: torch.device = CPU) -> None:
+    """Hand what the allocators keep for later back to the system, where they can (CUDA, and glibc for the CPU)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def versions(device: torch.device = CPU) -> dict[str, str]:

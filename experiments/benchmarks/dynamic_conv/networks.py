@@ -1,10 +1,10 @@
 """Whole networks: a training step with SGD of a batch, forward passes of a batch and of one, and the peak memory.
 
 Each network lives in a process of its own, as in training: in one, its time would depend on the memory that the others
-left. The processes take their steps in turn, since a machine's speed may change from minute to minute.
+left. The processes take their steps in turn, since a machine's speed may change from minute to minute, and hand back
+what memory they can after each turn, since all of them live at once.
 """
 
-import math
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +23,7 @@ from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.routing import SoftmaxAttention
-from experiments.benchmarks.timing import in_turn, milliseconds
+from experiments.benchmarks.timing import give_back_memory, in_turn, milliseconds
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MobileNetV2 x0.5": partial(torchvision.models.mobilenet_v2, width_mult=0.5),
@@ -33,7 +33,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet-B0": partial(timm.create_model, "efficientnet_b0"),
 }
 JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
-TURN = 500  # milliseconds that a process takes steps for in its turn; one step at least
+TURN = 500  # milliseconds that a process takes steps for in its turn, after a first one that is not counted
 
 
 def prepare(options: Any) -> None:
@@ -129,29 +129,29 @@ class Stepping:
         return self.process.submit(_peak).result()
 
 
-_here: dict[str, Any] = {}  # what a process of its own has: the step, its device, and how many make a turn
+_here: dict[str, Any] = {}  # what a process of its own has: the step and its device
 
 
 def _begin(network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any) -> None:
     prepare(options)
     step = make_step(converted(NETWORKS[network], name, kernels), batch, training, size, options)
-    step()
-    count = max(1, math.ceil(TURN / milliseconds(step, 1, options.device)))
-    _here.update(step=step, device=options.device, count=count)
+    _here.update(step=step, device=options.device)
 
 
 def _times() -> list[float]:
     step, device = _here["step"], _here["device"]
-    if device.type == "cuda":
-        step()  # fetches the memory that it gave back
-    times = [milliseconds(step, 1, device) for _ in range(_here["count"])]
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    step()  # fetches the memory that it gave back
+    times: list[float] = []
+    while sum(times) < TURN:
+        times.append(milliseconds(step, 1, device))
+    give_back_memory(device)
     return times
 
 
 def _peak() -> float:
-    return round(peak_bytes(_here["step"], _here["device"]) / 2**20, 1)
+    peak = peak_bytes(_here["step"], _here["device"])
+    give_back_memory(_here["device"])
+    return round(peak / 2**20, 1)
 
 
 def in_processes(
