@@ -71,14 +71,16 @@ class TestDynamicConv2d:
         assert_equals_the_loop(draw(), method, padding="valid", stride=2)
 
     @every_method
+    @pytest.mark.parametrize("batch", [2, 5])
     @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1), (2, 2)])
-    def test_channels_last_stays(self, kernel_size: Any, method: str) -> None:
-        input, *others = draw(kernel_size=kernel_size)
+    def test_channels_last_stays(self, kernel_size: Any, batch: int, method: str) -> None:
+        input, *others = draw(batch, kernel_size=kernel_size)
         expected = dynamic_conv2d(input, *others, padding="same", method=method)
         y = dynamic_conv2d(input.contiguous(memory_format=torch.channels_last), *others, padding="same", method=method)
         assert expected.is_contiguous()
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert_close(y, expected)
+        assert_close(*(torch.autograd.grad(output.square().sum(), (input, *others)) for output in (y, expected)))
 
     @every_method
     @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])

@@ -7,6 +7,7 @@ import torch
 
 from dyn_lightning.per_sample.methods import (
     Geometry,
+    are_large_maps,
     is_depthwise,
     mixes_rows,
     multiplies,
@@ -43,6 +44,10 @@ class Case(NamedTuple):
         """Whether each group has one input channel."""
         return is_depthwise(self.weight, self.geometry)
 
+    def convolves_one_by_one(self) -> bool:
+        """Whether chunks convolve sample by sample, to keep the layout."""
+        return self.channels_last and not self.is_product() and are_large_maps(self.input, self.weight, self.geometry)
+
     def positions(self) -> int:
         """Positions of the output."""
         return math.prod(positions(self.input, self.weight, self.geometry))
@@ -78,8 +83,8 @@ class Case(NamedTuple):
             mixture += copied
         if not self.channels_last:
             return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture}
-        # What comes out contiguous is copied.
-        again = 0 if self.is_product() else outputs
+        # What comes out contiguous is copied; a product's K kernels are transposed.
+        again = outputs if not self.is_product() else math.prod(self.weight) if self.training else 0
         return {"grouped": mixed + pixels + outputs, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 

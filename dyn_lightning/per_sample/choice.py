@@ -84,7 +84,7 @@ def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
         return "matmul" if case.is_product() or case.patches() <= FEW_PATCHES else "grouped"
-    if case.device == "cpu" and ((case.is_depthwise() and case.channels_last) or chunks_are_faster(case)):
+    if case.device == "cpu" and (case.convolves_one_by_one() or chunks_are_faster(case)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones
     small = case.geometry.groups == 1 and case.positions() <= SMALL_MAP

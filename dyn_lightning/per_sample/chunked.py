@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.methods import (
     Geometry,
+    are_large_maps,
     convolve_each,
     empty_map,
     empty_output,
     grouped,
     is_channels_last,
-    is_depthwise,
     multiplies,
     positions,
 )
@@ -120,9 +120,7 @@ def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable
     """
     if multiplies(weight.shape, geometry):
         return _multiply_each, _multiply_each_backward
-    # A depthwise convolution is fast in channels_last, which the samples as groups cannot keep, since their channels
-    # would have to lie one after the other.
-    if is_depthwise(weight.shape, geometry) and is_channels_last(input):
+    if is_channels_last(input) and are_large_maps(input.shape, weight.shape, geometry):
         return _convolve_one_by_one, _convolve_one_by_one_backward
     return _convolve_each, _convolve_each_backward
 

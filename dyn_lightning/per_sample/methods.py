@@ -19,6 +19,10 @@ Pair = tuple[int, int]
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
 FEW_POSITIONS = 4
+# Numbers of a sample's input and output from which on, in channels_last, a convolution for each sample takes less time
+# than one for all: the samples as groups cannot keep that layout, since their channels would have to lie one after the
+# other, and as groups depthwise convolutions are slow besides.
+LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 200_000, 1 << 16
 
 
 class Geometry(NamedTuple):
@@ -82,11 +86,8 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     patches, products = unfolded(input, kernels.shape[3:], geometry), batch * geometry.groups
     matrices = kernels.reshape(products, out_channels // geometry.groups, -1)
     patches = patches.reshape(products, matrices.shape[2], -1)
-    if geometry.groups == 1 and patches.stride(1) == 1 < patches.stride(2):  # channels_last comes out as it went in
-        product = torch.bmm(patches.mT, matrices.mT).mT
-    else:
-        product = torch.bmm(matrices, patches)
-    return product.view(batch, out_channels, *positions(input.shape, kernels.shape, geometry))
+    size = positions(input.shape, kernels.shape, geometry)
+    return torch.bmm(matrices, patches).view(batch, out_channels, *size)
 
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -97,6 +98,12 @@ def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
 
 def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and multiply them with the unfolded input."""
+    if multiplies(weight.shape, geometry) and is_channels_last(input):
+        if torch.is_grad_enabled():  # the gradients of mixed kernels that are transposed afterwards would be copied
+            kernels = mix_kernels(routing, weight.flatten(2).mT)
+        else:
+            kernels = mix_kernels(routing, weight).flatten(2).mT
+        return torch.bmm(input.flatten(2).mT, kernels).mT.unflatten(2, input.shape[2:])
     return multiply_each(input, mix_kernels(routing, weight), geometry)
 
 
@@ -131,6 +138,13 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
 def is_depthwise(weight: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether each group has one input channel."""
     return weight[2] == 1 < geometry.groups
+
+
+def are_large_maps(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> bool:
+    """Tell whether a convolution for each sample pays in channels_last: for maps also larger than the kernels."""
+    maps = math.prod(input[1:]) + weight[1] * math.prod(positions(input, weight, geometry))
+    least = LARGE_DEPTHWISE_MAPS if is_depthwise(weight, geometry) else LARGE_MAPS
+    return maps > max(least, math.prod(weight[1:]))
 
 
 def positions(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> Pair:

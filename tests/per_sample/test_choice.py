@@ -42,6 +42,25 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
     assert choose_method(torch.empty(input), torch.empty(weight), **geometry) == method
 
 
+@pytest.mark.parametrize(
+    ("input", "weight", "geometry", "contiguous", "channels_last"),
+    [
+        ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "chunked"),
+        ((32, 576, 4, 4), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped", "grouped"),
+        ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped", "chunked"),
+        ((32, 128, 28, 28), (4, 128, 4, 3, 3), {"padding": 1, "groups": 32}, "grouped", "chunked"),
+        ((32, 64, 28, 28), (4, 64, 64, 3, 3), PADDED, "grouped", "grouped"),
+        ((32, 512, 10, 10), (4, 512, 512, 1, 1), {}, "chunked", "chunked"),
+    ],
+)
+def test_channels_last_may_choose_otherwise(
+    input: tuple, weight: tuple, geometry: dict[str, Any], contiguous: str, channels_last: str
+) -> None:
+    x, kernels = torch.empty(input), torch.empty(weight)
+    layouts = x, x.contiguous(memory_format=torch.channels_last)
+    assert [choose_method(laid_out, kernels, **geometry) for laid_out in layouts] == [contiguous, channels_last]
+
+
 def test_evaluation_may_choose_otherwise() -> None:
     tensors = torch.empty(32, 160, 7, 7), torch.empty(4, 960, 160, 1, 1)
     assert [choose_method(*tensors, training=training) for training in (True, False)] == ["matmul", "chunked"]

@@ -147,14 +147,24 @@ class TestChunked:
         for actual, right in zip(torch.autograd.grad(y, tensors, cotangent), expected, strict=True):
             assert_close(actual / right.abs().amax(), right / right.abs().amax(), torch.bfloat16)
 
-    @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
-    def test_channels_last_needs_no_other_layout(self, kernel_size: Any) -> None:
-        input, routing, weight, _ = draw(3, kernel_size=kernel_size)
-        geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
+    @pytest.mark.parametrize("limit", [1, 10**9])
+    @pytest.mark.parametrize(
+        ("input", "weight", "groups"),
+        [
+            ((3, 4, 7, 6), (3, 6, 4, 3, 3), 1),
+            ((3, 4, 7, 6), (3, 6, 4, 1, 1), 1),
+            ((3, 4, 150, 151), (3, 6, 4, 3, 3), 1),
+            ((3, 4, 90, 95), (3, 4, 1, 3, 3), 4),
+        ],
+    )
+    def test_channels_last_needs_no_other_layout(self, input: Any, weight: Any, groups: int, limit: int) -> None:
+        geometry = Geometry((1, 1), (0, 0), (1, 1), groups)
+        shapes = input, (input[0], weight[0]), weight
+        input, routing, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
         last = input.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        y = chunked(last, routing, weight, geometry, 1)
+        y = chunked(last, routing, weight, geometry, limit)
         assert y.is_contiguous(memory_format=torch.channels_last)
-        expected = chunked(input, routing, weight, geometry, 1)
+        expected = chunked(input, routing, weight, geometry, limit)
         assert_close(y, expected)
         cotangent = torch.randn_like(y)
         actual = torch.autograd.grad(y, (last, routing, weight), cotangent)

@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyn_lightning.per_sample.methods import mix_kernels, output_size
+from dyn_lightning.per_sample.methods import Geometry, matmul, mix_kernels, output_size
 from tests.contract import GEOMETRIES
 
 
@@ -18,3 +19,28 @@ def test_output_size(stride: Any, padding: Any, dilation: Any) -> None:
     conv = nn.Conv2d(1, 1, (3, 2), stride, padding, dilation)
     expected = conv(torch.zeros(1, 1, 15, 8)).shape[2:]
     assert output_size((15, 8), (3, 2), conv.stride, conv.padding, conv.dilation) == expected
+
+
+class Copied(TorchDispatchMode):
+    """Notes how many numbers each copy has that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.numbers.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_product_copies_neither_maps_nor_mixed_kernels(layout: torch.memory_format) -> None:
+    input = torch.randn(9, 8, 4, 4).contiguous(memory_format=layout).requires_grad_()
+    routing, weight = torch.randn(9, 3, requires_grad=True), torch.randn(3, 16, 8, 1, 1, requires_grad=True)
+    with Copied() as copied:
+        y = matmul(input, routing, weight, Geometry((1, 1), (0, 0), (1, 1), 1))
+        gradients = torch.autograd.grad(y, (input, routing, weight), torch.randn_like(y))
+    assert y.is_contiguous(memory_format=layout)
+    assert gradients[0].is_contiguous(memory_format=layout)
+    assert max(copied.numbers, default=0) <= weight.numel() < min(input.numel(), 9 * 16 * 8)
