@@ -120,7 +120,8 @@ def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable
     """
     if multiplies(weight.shape, geometry):
         return _multiply_each, _multiply_each_backward
-    if is_channels_last(input) and are_large_maps(input.shape, weight.shape, geometry):
+    on_cpu = input.device.type == "cpu"  # a GPU copies faster than it begins convolutions
+    if on_cpu and is_channels_last(input) and are_large_maps(input.shape, weight.shape, geometry):
         return _convolve_one_by_one, _convolve_one_by_one_backward
     return _convolve_each, _convolve_each_backward
 
