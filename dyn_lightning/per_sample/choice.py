@@ -16,6 +16,9 @@ KEPT_BYTES = 32 << 20
 MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 6 << 20
 # Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve.
 SMALL_MAP = 16
+# From so many bytes on, one image's mixed kernel and its copy in the layout of a convolution's library are given back
+# to the system after each layer and fetched again page by page for the next; parts of them are kept.
+LARGE_KERNEL_BYTES = 4 << 20
 # Numbers of one sample's unfolded input up to which its product takes less time than to begin a convolution.
 FEW_PATCHES = 100_000
 
@@ -83,7 +86,10 @@ def choose(case: Case) -> str:
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        return "matmul" if case.is_product() or case.patches() <= FEW_PATCHES else "grouped"
+        if case.is_product() or case.patches() <= FEW_PATCHES:
+            return "matmul"
+        large = case.mixed_weights() * case.bytes_each >= LARGE_KERNEL_BYTES
+        return "chunked" if large and case.device == "cpu" and not case.training else "grouped"
     if case.device == "cpu" and (case.convolves_one_by_one() or chunks_are_faster(case)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones

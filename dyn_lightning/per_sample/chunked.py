@@ -26,8 +26,8 @@ from dyn_lightning.per_sample.methods import (
 )
 from dyn_lightning.per_sample.operation import operation
 
-# Output channels are divided until so many samples fit into the limit, since each chunk reads all K kernels of its
-# channels; convolutions of fewer channels than the least would not fill the processor.
+# Output channels are divided until so many samples (or all) fit into the limit, since each chunk reads all K kernels of
+# its channels; convolutions of fewer channels than the least would not fill the processor.
 WANTED_SAMPLES, LEAST_CHANNELS = 16, 64
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
@@ -43,7 +43,7 @@ def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, 
         geometry: of the convolution.
         limit: bytes that a chunk's mixed kernels, input and output may take; the smallest chunk may take more.
     """
-    return _convolve(input, routing, weight, geometry, *chunk_size(input, weight, geometry, limit))
+    return _convolve(input, routing, weight, geometry, limit)
 
 
 def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> tuple[int, int]:
@@ -55,17 +55,17 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
     if multiplies(weight.shape, geometry):  # a product writes its map where it belongs, and reads one that is dense
         dense = input.is_contiguous() or is_channels_last(input)
         maps = 0 if dense else input.shape[1:].numel() * input.element_size()
-    channels = out_channels
-    while geometry.groups == 1 and channels > LEAST_CHANNELS and WANTED_SAMPLES * channels * channel > limit:
+    channels, wanted = out_channels, min(WANTED_SAMPLES, len(input))
+    while geometry.groups == 1 and channels > LEAST_CHANNELS and wanted * channels * channel > limit:
         channels = -(-channels // 2)
     return max(1, limit // (channels * channel + maps)), channels
 
 
-def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, samples: int, channels: int) -> Tensor:
+def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
     convolve, _ = _passes(input, weight, geometry)
     flat = weight.flatten(1)
     output = empty_output(input, weight, geometry)
-    for some, these, columns in _chunks(input, weight, samples, channels):
+    for some, these, columns in _chunks(input, weight, *chunk_size(input, weight, geometry, limit)):
         kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
         convolve(input[some], kernels, geometry, output[some, these])
         del kernels  # before the next ones are made
@@ -78,8 +78,7 @@ def _backward(
     routing: Tensor,
     weight: Tensor,
     geometry: Geometry,
-    samples: int,
-    channels: int,
+    limit: int,
     needed: list[bool],
 ) -> list[Tensor]:
     _, differentiate = _passes(input, weight, geometry)
@@ -89,7 +88,7 @@ def _backward(
     routing_grad = torch.zeros_like(routing, dtype=wide)
     weight_grad = torch.zeros_like(flat, dtype=wide) if needed[2] else flat
     mask = (needed[0], needed[1] or needed[2])
-    for some, these, columns in _chunks(input, weight, samples, channels):
+    for some, these, columns in _chunks(input, weight, *chunk_size(input, weight, geometry, limit)):
         shares, part = routing[some], flat[:, columns]
         kernels = (shares @ part).view(-1, *weight[0, these].shape)
         chunk = _Chunk(grad[some, these], input[some], kernels, input_grad[some])

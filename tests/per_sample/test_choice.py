@@ -66,6 +66,13 @@ def test_evaluation_may_choose_otherwise() -> None:
     assert [choose_method(*tensors, training=training) for training in (True, False)] == ["matmul", "chunked"]
 
 
+def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:
+    large = torch.empty(1, 512, 7, 7), torch.empty(4, 512, 512, 3, 3)
+    small = torch.empty(1, 256, 14, 14), torch.empty(4, 256, 256, 3, 3)
+    assert [choose_method(*large, **PADDED, training=training) for training in (True, False)] == ["grouped", "chunked"]
+    assert choose_method(*small, **PADDED, training=False) == "grouped"
+
+
 class TestMemory:
     """64 samples' kernels of 64 -> 64 channels take 9.4 MB, a chunk's gradients as much as the chunk."""
 

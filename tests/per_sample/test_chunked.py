@@ -44,6 +44,10 @@ class TestChunked:
         assert sizes == {1: (1, 2), 6000: (1, 6), 1 << 20: (206, 6)}
         assert chunk_size(*draw(5, groups=2)[::2], geometry_of(2), 1) == (1, 6)
 
+    def test_one_sample_is_divided_less(self) -> None:
+        channels = [chunk_size(*draw(batch)[::2], geometry_of(), 1000)[1] for batch in (1, 5)]
+        assert channels == [3, 2]  # a channel's kernel takes 288 bytes
+
     @pytest.mark.parametrize("limit", [1, 1 << 20])
     @pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)])
     def test_first_and_second_derivatives(self, kernel_size: Any, limit: int) -> None:
@@ -93,7 +97,7 @@ class TestChunked:
         for layout in (torch.contiguous_format, torch.channels_last):
             input = tensors[0].detach().contiguous(memory_format=layout).requires_grad_()
             weight = tensors[2].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-            operands = (input, tensors[1], weight, [*geometry, 2, 4])
+            operands = (input, tensors[1], weight, [*geometry, 1000])
             torch.library.opcheck(torch.ops.dyn_lightning.chunked.default, operands)
             grad = torch.randn_like(torch.ops.dyn_lightning.chunked(*operands))
             gradients = (grad, *(tensor.detach() for tensor in operands[:3]), operands[3], [True, True, True])
