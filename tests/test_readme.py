@@ -106,17 +106,21 @@ def test_the_layer_table(name: str) -> None:
 
 
 def test_the_speed_table_is_of_kept_runs() -> None:
-    kept = set()
+    kept: dict[tuple[str, str], list[str]] = {}
     for path in (ROOT / "experiments/benchmarks/results").glob("networks*.json"):
-        results = json.loads(path.read_text())["results"]["networks"]
-        for network in {(result["network"], result["size"]) for result in results}:
-            jobs = [result for result in results if (result["network"], result["size"]) == network]
-            columns = [job["milliseconds"] for job in jobs] + [jobs[0]["MiB"]]
-            ratios = [f"{column[name] / column['static']:.2f}" for column in columns for name in ("auto", "timm")]
-            kept.add(f"| {network[0]}, {network[1]} px | {' | '.join(ratios)} |")
-    shown = re.findall(r"^\| .*, (?:32|224) px \|.*$", README, re.MULTILINE)
+        for result in json.loads(path.read_text())["results"]["networks"]:
+            network = f"{result['network']}, {result['size']} px"
+            for job, column in ((result["job"], "milliseconds"), (f"memory of a {result['job']}", "MiB")):
+                values = result[column]
+                ratios = " | ".join(f"{values[name] / values['static']:.2f}" for name in ("auto", "timm"))
+                kept.setdefault((network, job), []).append(ratios)
+    shown = re.findall(r"^\| (.*, (?:32|224) px) \|(.*)\|$", README, re.MULTILINE)
     assert len(shown) >= 6
-    assert {*shown} <= kept
+    for network, cells in shown:
+        pairs = re.findall(r"[\d.]+ \| [\d.]+", cells)
+        jobs = ("training step", "forward", "forward of one", "memory of a training step")
+        for job, pair in zip(jobs, pairs, strict=True):
+            assert pair in kept[network, job]
 
 
 def test_every_file_that_is_named_exists() -> None:

@@ -28,7 +28,6 @@ from experiments.benchmarks.dynamic_conv.networks import JOBS, NETWORKS, network
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import versions
 
-OPTIONS = ("dtype", "batch", "kernels", "rounds", "channels_last", "fused")  # that results depend on
 PARTS = {"layers": layers, "networks": networks, "growth": growth, "modes": modes}
 
 
@@ -49,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS], help="of networks")
     parser.add_argument("--sizes", nargs="+", type=count, default=SIZES, help="of the networks' images, in pixels")
     parser.add_argument("--channels_last", action="store_true", help="of all but modes")
-    parser.add_argument("--fused", action="store_true", help="SGD in one pass, of networks and growth")
     parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - set(PARTS))
@@ -57,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"parts {unknown} do not exist, choose of {[*PARTS]}")
     options.threads = torch.get_num_threads()
     prepare(options)
-    settings = {name: getattr(options, name) for name in OPTIONS}
+    settings = {name: getattr(options, name) for name in ("dtype", "batch", "kernels", "rounds", "channels_last")}
     options.dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     state = git_state() or {"commit": "", "diff": ""}

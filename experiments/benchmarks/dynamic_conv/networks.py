@@ -75,7 +75,7 @@ def make_step(model: nn.Module, batch: int, training: bool, size: int, options: 
         model = model.to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=options.device)
     labels = torch.arange(batch, device=options.device) % 1000
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=options.fused or None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
         with (
