@@ -45,7 +45,7 @@ class Case(NamedTuple):
         return is_depthwise(self.weight, self.geometry)
 
     def convolves_one_by_one(self) -> bool:
-        """Whether chunks convolve sample by sample, to keep the layout."""
+        """Whether chunks on a CPU convolve sample by sample, to keep the layout."""
         return self.channels_last and not self.is_product() and are_large_maps(self.input, self.weight, self.geometry)
 
     def positions(self) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
-from dyn_lightning.per_sample.tracing import in_strict_export
+from dyn_lightning.per_sample.tracing import in_strict_export, is_exporting
 
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
 # page, each time. From about there on chunks are faster.
@@ -88,8 +88,7 @@ def mixed_first(case: Case) -> str:
     if case.input[0] == 1:
         if case.is_product() or case.patches() <= FEW_PATCHES:
             return "matmul"
-        large = case.mixed_weights() * case.bytes_each >= LARGE_KERNEL_BYTES
-        return "chunked" if large and case.device == "cpu" and not case.training else "grouped"
+        return "chunked" if mixes_in_parts(case) else "grouped"
     if case.device == "cpu" and (case.convolves_one_by_one() or chunks_are_faster(case)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones
@@ -104,6 +103,12 @@ def chunks_are_faster(case: Case) -> bool:
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
     maps = (math.prod(case.input) * case.bytes_each, case.outputs() * case.bytes_each)
     return max(mixed, sum(maps) if case.training else max(maps)) >= KEPT_BYTES
+
+
+def mixes_in_parts(case: Case) -> bool:
+    """Tell whether one image's kernel is mixed part by part; an exported network does without an operation of ours."""
+    large = case.geometry.groups == 1 and case.mixed_weights() * case.bytes_each >= LARGE_KERNEL_BYTES
+    return large and case.device == "cpu" and not case.training and not is_exporting()
 
 
 def methods_within(case: Case) -> list[str]:

@@ -26,8 +26,9 @@ from dyn_lightning.per_sample.methods import (
 )
 from dyn_lightning.per_sample.operation import operation
 
-# Output channels are divided until so many samples (or all) fit into the limit, since each chunk reads all K kernels of
-# its channels; convolutions of fewer channels than the least would not fill the processor.
+# Output channels are divided until so many samples' kernels fit into the limit (or twice those that there are), since
+# each chunk reads all K kernels of its channels; convolutions of fewer channels than the least would not fill the
+# processor.
 WANTED_SAMPLES, LEAST_CHANNELS = 16, 64
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
@@ -48,17 +49,18 @@ def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, 
 
 def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> tuple[int, int]:
     """Give how many samples at most, and how many output channels, have their kernels mixed at a time."""
-    out_channels = weight.shape[1]
     rows, columns = positions(input.shape, weight.shape, geometry)
-    channel = weight[0, 0].numel() * weight.element_size()
-    maps = (input.shape[1:].numel() + out_channels * rows * columns) * input.element_size()
+    kernel, place = weight[0, 0].numel() * weight.element_size(), rows * columns * input.element_size()
+    pixels = input.shape[1:].numel() * input.element_size()
     if multiplies(weight.shape, geometry):  # a product writes its map where it belongs, and reads one that is dense
-        dense = input.is_contiguous() or is_channels_last(input)
-        maps = 0 if dense else input.shape[1:].numel() * input.element_size()
-    channels, wanted = out_channels, min(WANTED_SAMPLES, len(input))
-    while geometry.groups == 1 and channels > LEAST_CHANNELS and wanted * channels * channel > limit:
+        place = 0
+        pixels = 0 if input.is_contiguous() or is_channels_last(input) else pixels
+    channels, wanted = weight.shape[1], min(WANTED_SAMPLES, 2 * len(input))  # two: half is left for the maps
+    while geometry.groups == 1 and channels > LEAST_CHANNELS:
+        if max(wanted * channels * kernel, channels * (kernel + place) + pixels) <= limit:
+            break
         channels = -(-channels // 2)
-    return max(1, limit // (channels * channel + maps)), channels
+    return max(1, limit // (channels * (kernel + place) + pixels)), channels
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:

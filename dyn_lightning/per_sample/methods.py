@@ -19,9 +19,9 @@ Pair = tuple[int, int]
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
 FEW_POSITIONS = 4
-# Numbers of a sample's input and output from which on, in channels_last, a convolution for each sample takes less time
-# than one for all: the samples as groups cannot keep that layout, since their channels would have to lie one after the
-# other, and as groups depthwise convolutions are slow besides.
+# Numbers of a sample's input and output above which, in channels_last, each sample has a convolution of its own: the
+# samples as groups cannot keep that layout, since their channels would have to lie one after the other, and as groups
+# depthwise convolutions are slow besides. Measured: faster from 200,704 on, depthwise from 94,080, slower up to 18,432.
 LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 200_000, 1 << 16
 
 
@@ -99,7 +99,8 @@ def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
 def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and multiply them with the unfolded input."""
     if multiplies(weight.shape, geometry) and is_channels_last(input):
-        if torch.is_grad_enabled():  # the gradients of mixed kernels that are transposed afterwards would be copied
+        # The gradients of mixed kernels that are transposed afterwards would be copied.
+        if torch.is_grad_enabled() and (routing.requires_grad or weight.requires_grad):
             kernels = mix_kernels(routing, weight.flatten(2).mT)
         else:
             kernels = mix_kernels(routing, weight).flatten(2).mT

@@ -39,5 +39,9 @@ def in_function_transform() -> bool:
 
 def in_strict_export() -> bool:
     """Tell whether ``torch.export.export(..., strict=True)`` runs, which knows no example of an open size."""
-    exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 has it
-    return torch.compiler.is_dynamo_compiling() and exporting()
+    return torch.compiler.is_dynamo_compiling() and is_exporting()
+
+
+def is_exporting() -> bool:
+    """Tell whether ``torch.export.export`` runs; torch 2.6 does not say."""
+    return getattr(torch.compiler, "is_exporting", bool)()

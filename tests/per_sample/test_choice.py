@@ -5,6 +5,10 @@ import torch
 
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
+from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample.chunked import CACHED_BYTES, chunk_size
+from dyn_lightning.per_sample.methods import Geometry
+from tests.tolerances import assert_close
 
 PADDED: dict[str, Any] = {"padding": 1}
 
@@ -67,10 +71,26 @@ def test_evaluation_may_choose_otherwise() -> None:
 
 
 def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:
-    large = torch.empty(1, 512, 7, 7), torch.empty(4, 512, 512, 3, 3)
-    small = torch.empty(1, 256, 14, 14), torch.empty(4, 256, 256, 3, 3)
-    assert [choose_method(*large, **PADDED, training=training) for training in (True, False)] == ["grouped", "chunked"]
-    assert choose_method(*small, **PADDED, training=False) == "grouped"
+    weight = torch.empty(4, 512, 256, 3, 3)  # 4.7 MB each, less than what chunks may take
+    for image, kernels, groups, method in (
+        (torch.empty(1, 256, 14, 14), weight, 1, "chunked"),
+        (torch.empty(1, 256, 14, 14), weight[:, :256], 1, "grouped"),
+        (torch.empty(1, 1024, 14, 14), weight, 4, "grouped"),  # chunks do not divide groups
+    ):
+        assert choose_method(image, kernels, padding=1, groups=groups, training=False) == method
+    image = torch.empty(1, 256, 14, 14)
+    assert choose_method(image, weight, padding=1) == "grouped"
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+    assert chunk_size(image, weight, geometry, CACHED_BYTES) == (3, 256)
+
+
+def test_an_exported_network_of_one_image_has_no_operation_of_ours() -> None:
+    layer = DynamicConv2d(256, 512, 3, padding=1, num_kernels=4).eval()
+    image = (torch.randn(1, 256, 14, 14),)
+    with torch.no_grad():
+        exported = torch.export.export(layer, image, strict=False)
+        assert "dyn_lightning" not in str(exported.graph)
+        assert_close(exported.module()(*image), layer(*image))
 
 
 class TestMemory:
@@ -127,6 +147,12 @@ class TestMemory:
         # A convolution's library may take as much again as the kernels, in a layout of its own.
         times = 1 if weight[3:] == (1, 1) else 1.5 if training else 2
         assert self.beyond(input, weight, geometry, training, method=method, max_mixed_bytes=limit) <= times * limit
+
+    @pytest.mark.parametrize("method", ["auto", "chunked"])
+    def test_the_map_of_one_image_counts_too(self, method: str) -> None:
+        shapes = (1, 128, 56, 56), (4, 1024, 128, 3, 3)  # a kernel of 4.7 MB, an output of 12.8 MB
+        limit = 5_000_000
+        assert self.beyond(*shapes, PADDED, training=False, method=method, max_mixed_bytes=limit) <= 2 * limit
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize(

@@ -44,8 +44,9 @@ class TestChunked:
         assert sizes == {1: (1, 2), 6000: (1, 6), 1 << 20: (206, 6)}
         assert chunk_size(*draw(5, groups=2)[::2], geometry_of(2), 1) == (1, 6)
 
-    def test_one_sample_is_divided_less(self) -> None:
-        channels = [chunk_size(*draw(batch)[::2], geometry_of(), 1000)[1] for batch in (1, 5)]
+    def test_one_sample_is_divided_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "WANTED_SAMPLES", 16)
+        channels = [chunk_size(*draw(batch)[::2], geometry_of(), 4000)[1] for batch in (1, 5)]
         assert channels == [3, 2]  # a channel's kernel takes 288 bytes
 
     @pytest.mark.parametrize("limit", [1, 1 << 20])
