@@ -75,6 +75,7 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
 def test_the_costs_are_those_of_the_kept_runs() -> None:
     results = Path(growth.__file__).parents[1] / "results"
     rows = [row for name in ("layers", "layers_k16") for row in fit_costs.cases(str(results / f"{name}.json"))]
+    by_fit = by_lines = 0.0
     for kind, costs in CPU_COSTS.items():
         these = [
             (case, mixed_first(case), result["milliseconds"])
@@ -85,6 +86,8 @@ def test_the_costs_are_those_of_the_kept_runs() -> None:
         for found, kept in zip(fitted, costs, strict=True):
             assert kept == pytest.approx(found, rel=0.01)
         assert lost(fitted, these) <= lost(lines(these), these)
+        by_fit, by_lines = by_fit + lost(fitted, these), by_lines + lost(lines(these), these)
+    assert by_fit < by_lines
 
 
 def test_quality_compares_the_chosen_method() -> None:
