@@ -14,6 +14,7 @@ from dyn_lightning.per_sample.methods import (
     positions,
 )
 from dyn_lightning.per_sample.reduction import Plan
+from dyn_lightning.per_sample.tracing import in_traced_export
 
 # Bytes that a layer may hold beside its input, kernels and output, with their gradients, where its method is chosen.
 MAX_MIXED_BYTES = 256 << 20
@@ -95,7 +96,7 @@ def case_of(
     # Padded, a map is dense; without the pixels that no kernel sees, only where it is copied to be channels_last.
     dense = layout == "channels_last" or (plan.step == (1, 1) and (layout == "contiguous" or bool(plan.zeros)))
     images, kernels = plan.input, plan.weight
-    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+    if in_traced_export():
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
     return Case(images, kernels, plan.geometry, bytes_each, device, last, dense, training, max_mixed_bytes)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
-from dyn_lightning.per_sample.tracing import in_strict_export, is_exporting
+from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
 # The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
 # page, each time. From about there on chunks are faster.
@@ -108,7 +108,7 @@ def chunks_are_faster(case: Case) -> bool:
 def mixes_in_parts(case: Case) -> bool:
     """Tell whether one image's kernel is mixed part by part; an exported network does without an operation of ours."""
     large = case.geometry.groups == 1 and case.mixed_weights() * case.bytes_each >= LARGE_KERNEL_BYTES
-    return large and case.device == "cpu" and not case.training and not is_exporting()
+    return large and case.device == "cpu" and not case.training and not in_traced_export()
 
 
 def methods_within(case: Case) -> list[str]:

@@ -39,9 +39,10 @@ def in_function_transform() -> bool:
 
 def in_strict_export() -> bool:
     """Tell whether ``torch.export.export(..., strict=True)`` runs, which knows no example of an open size."""
-    return torch.compiler.is_dynamo_compiling() and is_exporting()
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 has it
+    return torch.compiler.is_dynamo_compiling() and exporting()
 
 
-def is_exporting() -> bool:
-    """Tell whether ``torch.export.export`` runs; torch 2.6 does not say."""
-    return getattr(torch.compiler, "is_exporting", bool)()
+def in_traced_export() -> bool:
+    """Tell whether ``torch.export.export(..., strict=False)`` runs, or another tracer that sees an example."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
