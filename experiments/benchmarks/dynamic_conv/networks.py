@@ -110,15 +110,21 @@ class Stepping:
     """
 
     def __init__(self, *settings: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self.process = ProcessPoolExecutor(1, context, _begin, settings)
+        self.settings = settings
 
     def __enter__(self) -> "Stepping":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.process = ProcessPoolExecutor(1, context, _begin, self.settings)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.process.shutdown()
+
+    def start_anew(self) -> None:
+        """Go on in a new process."""
+        self.__exit__()
+        self.__enter__()
 
     def times(self) -> list[float]:
         """Give the milliseconds of one turn's steps."""
@@ -165,14 +171,21 @@ def in_processes(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Give the median milliseconds and the MiB of each (method, K).
 
-    What takes ``patience`` times as long as the fastest takes steps in one turn alone.
+    With one image each turn has a new process: those of one and the same method differ by up to a fifth. What takes
+    ``patience`` times as long as the fastest takes steps in one turn alone.
     """
+
+    def times_of(column: str) -> list[float]:
+        if batch == 1:
+            stepping[column].start_anew()
+        return stepping[column].times()
+
     with ExitStack() as stack:
         stepping = {
             column: stack.enter_context(Stepping(network, *how, size, batch, training, options))
             for column, how in columns.items()
         }
-        times = in_turn(lambda column: stepping[column].times(), [*columns], options.rounds, patience, sure=1)
+        times = in_turn(times_of, [*columns], options.rounds, patience, sure=1)
         return times, {column: stepping[column].peak() for column in columns}
 
 
