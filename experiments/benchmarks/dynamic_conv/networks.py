@@ -2,7 +2,8 @@
 
 Each network lives in a process of its own, as in training: in one, its time would depend on the memory that the others
 left. The processes take their steps in turn, since a machine's speed may change from minute to minute, and hand back
-what memory they can after each turn, since all of them live at once.
+what memory they can after each turn, since all of them live at once. With one image our methods share a network and its
+process: two processes of one and the same method differ by up to a fifth there, more than the methods do.
 """
 
 import multiprocessing
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
+from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.routing import SoftmaxAttention
 from experiments.benchmarks.timing import give_back_memory, in_turn, milliseconds
@@ -110,41 +112,42 @@ class Stepping:
     """
 
     def __init__(self, *settings: Any) -> None:
-        self.settings = settings
-
-    def __enter__(self) -> "Stepping":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        self.process = ProcessPoolExecutor(1, context, _begin, self.settings)
+        self.process = ProcessPoolExecutor(1, context, _begin, settings)
+
+    def __enter__(self) -> "Stepping":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.process.shutdown()
 
-    def start_anew(self) -> None:
-        """Go on in a new process."""
-        self.__exit__()
-        self.__enter__()
+    def times(self, name: str) -> list[float]:
+        """Give the milliseconds of one turn's steps by a method."""
+        return self.process.submit(_times, name).result()
 
-    def times(self) -> list[float]:
-        """Give the milliseconds of one turn's steps."""
-        return self.process.submit(_times).result()
-
-    def peak(self) -> float:
-        """Give the MiB that a step takes beyond parameters and momentum."""
-        return self.process.submit(_peak).result()
+    def peak(self, name: str) -> float:
+        """Give the MiB that a step by a method takes beyond parameters and momentum."""
+        return self.process.submit(_peak, name).result()
 
 
-_here: dict[str, Any] = {}  # what a process of its own has: the step and its device
+_here: dict[str, Any] = {}  # what a process of its own has: the network, its step and its device
 
 
 def _begin(network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any) -> None:
     prepare(options)
-    step = make_step(converted(NETWORKS[network], name, kernels), batch, training, size, options)
-    _here.update(step=step, device=options.device)
+    model = converted(NETWORKS[network], name, kernels)
+    _here.update(model=model, step=make_step(model, batch, training, size, options), device=options.device)
 
 
-def _times() -> list[float]:
+def _use(name: str) -> None:
+    for layer in _here["model"].modules():
+        if isinstance(layer, DynamicConv2d):
+            layer.method = name
+
+
+def _times(name: str) -> list[float]:
+    _use(name)
     step, device = _here["step"], _here["device"]
     step()  # fetches the memory that it gave back
     times: list[float] = []
@@ -154,7 +157,8 @@ def _times() -> list[float]:
     return times
 
 
-def _peak() -> float:
+def _peak(name: str) -> float:
+    _use(name)
     peak = peak_bytes(_here["step"], _here["device"])
     give_back_memory(_here["device"])
     return round(peak / 2**20, 1)
@@ -171,22 +175,25 @@ def in_processes(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Give the median milliseconds and the MiB of each (method, K).
 
-    With one image each turn has a new process: those of one and the same method differ by up to a fifth. What takes
-    ``patience`` times as long as the fastest takes steps in one turn alone.
+    What takes ``patience`` times as long as the fastest takes steps in one turn alone.
     """
 
-    def times_of(column: str) -> list[float]:
-        if batch == 1:
-            stepping[column].start_anew()
-        return stepping[column].times()
+    def network_of(name: str) -> str:
+        return "auto" if batch == 1 and name not in ("static", "timm") else name
+
+    def times(column: str) -> list[float]:
+        process, name = stepping[column]
+        return process.times(name)
 
     with ExitStack() as stack:
-        stepping = {
-            column: stack.enter_context(Stepping(network, *how, size, batch, training, options))
-            for column, how in columns.items()
+        processes = {
+            which: stack.enter_context(Stepping(network, *which, size, batch, training, options))
+            for which in {(network_of(name), kernels) for name, kernels in columns.values()}
         }
-        times = in_turn(times_of, [*columns], options.rounds, patience, sure=1)
-        return times, {column: stepping[column].peak() for column in columns}
+        stepping = {column: (processes[network_of(name), kernels], name) for column, (name, kernels) in columns.items()}
+        return in_turn(times, [*columns], options.rounds, patience, sure=1), {
+            column: process.peak(name) for column, (process, name) in stepping.items()
+        }
 
 
 def networks(options: Any) -> list[dict[str, Any]]:
