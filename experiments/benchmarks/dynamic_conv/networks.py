@@ -181,7 +181,7 @@ def in_processes(
     def network_of(name: str) -> str:
         return "auto" if batch == 1 and name not in ("static", "timm") else name
 
-    def times(column: str) -> list[float]:
+    def turn(column: str) -> list[float]:
         process, name = stepping[column]
         return process.times(name)
 
@@ -191,9 +191,8 @@ def in_processes(
             for which in {(network_of(name), kernels) for name, kernels in columns.values()}
         }
         stepping = {column: (processes[network_of(name), kernels], name) for column, (name, kernels) in columns.items()}
-        return in_turn(times, [*columns], options.rounds, patience, sure=1), {
-            column: process.peak(name) for column, (process, name) in stepping.items()
-        }
+        times = in_turn(turn, [*columns], options.rounds, patience, sure=1)
+        return times, {column: process.peak(name) for column, (process, name) in stepping.items()}
 
 
 def networks(options: Any) -> list[dict[str, Any]]:
