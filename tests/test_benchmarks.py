@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from shutil import which
 
@@ -23,6 +24,9 @@ from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained
 from experiments.benchmarks.dynamic_conv.layers import quality
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import in_turn, interleaved
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments/benchmarks/results"
 
 
 @pytest.mark.parametrize("sure", [1, 2])
@@ -73,8 +77,7 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
 
 
 def test_the_costs_are_those_of_the_kept_runs() -> None:
-    results = Path(growth.__file__).parents[1] / "results"
-    rows = [row for name in ("layers", "layers_k16") for row in fit_costs.cases(str(results / f"{name}.json"))]
+    rows = [row for name in ("layers", "layers_k16") for row in fit_costs.cases(str(RESULTS / f"{name}.json"))]
     by_fit = by_lines = 0.0
     for kind, costs in CPU_COSTS.items():
         these = [
@@ -161,6 +164,28 @@ def test_layers_are_measured_and_fitted(
     said = capsys.readouterr().out
     assert said.count(": Costs(") == 4
     assert said.count("by the numbers of choice.py: auto: within 10 %") == len(layers.JOBS)
+
+
+def test_runs_of_the_same_cases_are_also_taken_together() -> None:
+    case, _ = fit_costs.cases(str(RESULTS / "layers.json"))[0]
+    runs = [(case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": time}}) for time in (2.0, 8.0)]
+    assert fit_costs.mean(tuple(runs)) == (case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": 4.0}})
+
+
+def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("layers", "layers_k16", "layers_again", "layers_k16_again")
+    fit_costs.main([str(RESULTS / f"{name}.json") for name in names])
+    said = capsys.readouterr().out.splitlines()
+    log = (ROOT / "experiments/LOG.md").read_text()
+    for kernels in (4, 16):
+        for job in layers.JOBS:
+            start = f"K = {kernels}, 2 runs together, {job}, "
+            (line,) = (one for one in said if one.startswith(start))
+            found = re.search(r"on (.*)% of .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)
+            assert found is not None
+            near, most, faster, slower = found.groups()
+            batch = "" if job == "forward of one" else ", batch 32"
+            assert f"| K = {kernels}, {job}{batch} | {near} % | {most} | {faster} | {slower} |" in log
 
 
 def test_shapes_are_those_of_the_networks() -> None:

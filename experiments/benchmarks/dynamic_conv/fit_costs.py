@@ -4,12 +4,14 @@
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
 other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``).
 Prints the numbers for ``choice.py``, the cases where a choice by them is more than 10 % slower than the best method,
-and how good the choices of today's ``choice.py`` are.
+and how good the choices of today's ``choice.py`` are: in each file, and in those of the same cases together, since a
+single time of tens of microseconds may be off by a tenth.
 """
 
 import json
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -99,10 +101,28 @@ def main(paths: list[str]) -> None:
             if times[chosen] > 1.1 * best:
                 rounded = {name: round(time, 2) for name, time in times.items()}
                 print(f"    {times[chosen] / best:.2f} {chosen:8} {(*case.input,)} {(*case.weight,)}", rounded)
+    together: dict[tuple[Case, ...], list[Any]] = {}
     for path, rows in measured.items():
-        for job in dict.fromkeys(result["job"] for _, result in rows):
-            chosen = [result | {"auto": choose(case)} for case, result in rows if result["job"] == job]
-            print(f"{path}, {job}, by the numbers of choice.py: {quality(chosen)}")
+        report(path, rows)
+        together.setdefault(tuple(case for case, _ in rows), []).append(rows)
+    for same_cases, runs in together.items():
+        if len(runs) > 1:
+            title = f"K = {same_cases[0].weight[0]}, {len(runs)} runs together"
+            report(title, [mean(same) for same in zip(*runs, strict=True)])
+
+
+def mean(same: tuple[tuple[Case, dict[str, Any]], ...]) -> tuple[Case, dict[str, Any]]:
+    """Give a case with the geometric mean of its times in several runs."""
+    times = [result["milliseconds"] for _, result in same]
+    case, result = same[0]
+    return case, result | {"milliseconds": {name: geometric_mean(time[name] for time in times) for name in times[0]}}
+
+
+def report(title: str, rows: list[tuple[Case, dict[str, Any]]]) -> None:
+    """Print how good the choices of ``choice.py`` are, job by job."""
+    for job in dict.fromkeys(result["job"] for _, result in rows):
+        chosen = [result | {"auto": choose(case)} for case, result in rows if result["job"] == job]
+        print(f"{title}, {job}, by the numbers of choice.py: {quality(chosen)}")
 
 
 if __name__ == "__main__":
