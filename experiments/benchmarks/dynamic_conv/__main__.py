@@ -22,7 +22,7 @@ import torch
 
 from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
-from experiments.benchmarks.dynamic_conv.layers import SIZES, layers
+from experiments.benchmarks.dynamic_conv.layers import SIZES, Shape, layers, shapes
 from experiments.benchmarks.dynamic_conv.modes import modes
 from experiments.benchmarks.dynamic_conv.networks import JOBS, NETWORKS, networks, prepare
 from experiments.benchmarks.dynamic_conv.plots import draw
@@ -47,6 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of networks")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS], help="of networks")
     parser.add_argument("--sizes", nargs="+", type=count, default=SIZES, help="of the networks' images, in pixels")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape,
+        help="of layers, as in,out,kernel,stride,padding,groups,map; all if none is named",
+    )
     parser.add_argument("--channels_last", action="store_true", help="of all but modes")
     parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")
     options = parser.parse_args(arguments)
@@ -76,6 +82,14 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
     return number
+
+
+def shape(text: str) -> Shape:
+    """Parse the shape of one of the networks' layers."""
+    found = tuple(int(number) for number in text.split(","))
+    if found not in shapes():
+        raise argparse.ArgumentTypeError(f"{text!r} is no layer's shape in {', '.join(NETWORKS)}")
+    return found  # type: ignore[return-value]
 
 
 def device(text: str) -> torch.device:

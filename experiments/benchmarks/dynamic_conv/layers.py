@@ -6,7 +6,7 @@ A layer's kernels stay in the cache from one call to the next, as far as they fi
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import timm.layers
@@ -27,6 +27,7 @@ SIZES = (224, 32)
 Shape = tuple[int, int, int, int, int, int, int]  # channels in, out, kernel size, stride, padding, groups, map size
 
 
+@cache
 def shapes() -> dict[Shape, list[str]]:
     """List the shapes of the networks' replaced layers, and the networks that have them."""
     found: dict[Shape, list[str]] = {}
@@ -103,6 +104,8 @@ def layers(options: Any) -> list[dict[str, Any]]:
         print(f"\n{job}, batch {batch}: milliseconds of the static convolution, then times relative to it")
         print(f"{'in, out, kernel, stride, padding, groups, map':48}{'static':>9}" + head(columns) + "  auto")
         for shape, networks in shapes().items():
+            if options.shapes and shape not in options.shapes:
+                continue
             times, peaks, chosen = measure_layer(shape, batch, training, options)
             ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in columns)
             print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
