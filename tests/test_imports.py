@@ -19,7 +19,7 @@ ORDER = [
     {"functional"},
     {"routing"},
     {"layers"},
-    {"sharing", "convert", "fold", "cost"},
+    {"sharing", "convert", "fold", "cost", "analysis"},
     {"models"},
     {"callbacks", "data", "record"},
     {"classifier"},
