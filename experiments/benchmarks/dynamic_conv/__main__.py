@@ -22,6 +22,7 @@ import torch
 
 from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
+from experiments.benchmarks.dynamic_conv.layers import JOBS as LAYER_JOBS
 from experiments.benchmarks.dynamic_conv.layers import SIZES, Shape, layers, shapes
 from experiments.benchmarks.dynamic_conv.modes import modes
 from experiments.benchmarks.dynamic_conv.networks import JOBS, NETWORKS, networks, prepare
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernels", type=count, default=4, help="K; growth has its own")
     parser.add_argument("--batch", type=count, default=32, help="of layers, networks and modes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of networks")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=[*JOBS], help="of networks")
+    jobs = [*LAYER_JOBS, *JOBS]
+    parser.add_argument("--jobs", nargs="+", choices=dict.fromkeys(jobs), default=jobs, help="of layers and networks")
     parser.add_argument("--sizes", nargs="+", type=count, default=SIZES, help="of the networks' images, in pixels")
     parser.add_argument(
         "--shapes",

@@ -100,6 +100,8 @@ def layers(options: Any) -> list[dict[str, Any]]:
     results = []
     columns = names(options)[1:]
     for job, (batch, training) in JOBS.items():
+        if job not in options.jobs:
+            continue
         batch = batch or options.batch
         print(f"\n{job}, batch {batch}: milliseconds of the static convolution, then times relative to it")
         print(f"{'in, out, kernel, stride, padding, groups, map':48}{'static':>9}" + head(columns) + "  auto")
