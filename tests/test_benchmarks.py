@@ -166,6 +166,16 @@ def test_layers_are_measured_and_fitted(
     assert said.count("by the numbers of choice.py: auto: within 10 %") == len(layers.JOBS)
 
 
+def test_some_layers_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "960,160,1,1,0,1,1"
+    main(["layers", "--jobs", "forward", "--shapes", shape, "--batch", "2", "--rounds", "1", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "dynamic_conv.json").read_text())["results"]["layers"]
+    assert (row["job"], ",".join(map(str, row["shape"]))) == ("forward", shape)
+    with pytest.raises(SystemExit):
+        main(["layers", "--shapes", "1,2,3"])
+    assert "'1,2,3' is no layer's shape in MobileNetV2 x0.5, " in capsys.readouterr().err
+
+
 def test_runs_of_the_same_cases_are_also_taken_together() -> None:
     case, _ = fit_costs.cases(str(RESULTS / "layers.json"))[0]
     runs = [(case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": time}}) for time in (2.0, 8.0)]
