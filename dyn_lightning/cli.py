@@ -1,4 +1,4 @@
-"""What the entry points share: the command line, its errors, and the folder that a run writes to."""
+"""What the entry points share: the command line and its errors."""
 
 import argparse
 import csv
@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,14 @@ import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 import torch
 from jsonargparse import Namespace
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import CSVLogger
 
 import dyn_lightning.callbacks
 import dyn_lightning.data
+from dyn_lightning.callbacks.default import default_observers
 from dyn_lightning.classifier import ImageClassifier
 from dyn_lightning.models.backbone import import_object
 from dyn_lightning.record import RunFolder
@@ -39,16 +40,18 @@ FROM_CHECKPOINT = ("optimizer", "optimizer_args", "lr", "weight_decay", "schedul
 FROM_DATA = ("num_classes", "channels", "image_size")
 
 
-class CLI(LightningCLI):
-    """Parses the configuration, and builds data, model, trainer and the run's folder from it.
+class CLI(LightningCLI, ABC):
+    """Parses the configuration, and builds data, model and trainer from it; an entry point says what comes in addition.
 
     Attributes:
-        folder: of this run; None with ``fast_dev_run``, which leaves nothing.
-        checkpoint: to resume from, or None.
-        step: the global step at which the run goes on.
+        program: the module of the entry point.
+        resumes: whether the optimizer goes on from the checkpoint too.
+        checkpoint: to begin from, or None.
+        step: the checkpoint's global step.
     """
 
-    folder: RunFolder | None = None
+    program: str
+    resumes: bool
     checkpoint: Path | None = None
     step: int = 0
 
@@ -60,14 +63,30 @@ class CLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=1,
             trainer_defaults={"default_root_dir": "runs", "max_epochs": 10},
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "python -m dyn_lightning.fit"},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"python -m {self.program}"},
             auto_configure_optimizers=False,
             run=False,
             args=args,
         )
 
+    @abstractmethod
+    def find_checkpoint(self, root: Path) -> None:
+        """Set ``checkpoint``, before anything is built; ``root`` is the folder of all runs."""
+
+    @abstractmethod
+    def claim_folder(self) -> None:
+        """Create the folder that is written to, now that all but the trainer is known to be right."""
+
+    @abstractmethod
+    def give_folder_back(self) -> None:
+        """Remove it again, because the trainer could not be built."""
+
+    @abstractmethod
+    def trainer_options(self, callbacks: list[Callback]) -> dict[str, Any]:
+        """Give the trainer's options that differ from the configuration's, among them ``callbacks``, which start so."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what ``Trainer.fit`` and the run's folder need."""
+        """Add what all entry points know, so that they take the same files."""
         parser.add_argument(
             "--name",
             type=str | None,
@@ -78,8 +97,14 @@ class CLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Resume: `last` goes on with the newest run of this name, in its folder; `best` (of the newest run) "
-            "or a path start a new run from there.",
+            help="A path, `last` or `best`. In fit, `last` goes on with the newest run of this name, in its folder; "
+            "`best` (of the newest run) or a path start a new run from there.",
+        )
+        parser.add_argument(
+            "--observe",
+            type=bool,
+            default=True,
+            help="Whether to add the callbacks that show what the layers learn, but for those that the trainer has.",
         )
         # Two, because ModelCheckpoint's own `save_last` saves the last weights only when they are the best.
         parser.add_lightning_class_args(ModelCheckpoint, "best")
@@ -113,16 +138,7 @@ class CLI(LightningCLI):
         for group in ("best", "last"):
             if config[group].dirpath is not None:
                 raise ValueError(f"{group}.dirpath={config[group].dirpath}: checkpoints belong in the run's folder")
-        root = Path(config.trainer.default_root_dir)
-        if config.ckpt_path in ("last", "best"):
-            run = RunFolder.newest(root, config.name)
-            self.checkpoint = run.last() if config.ckpt_path == "last" else run.best()
-            if self.checkpoint is None:
-                raise ValueError(f"--ckpt_path best: {run.path} has no best checkpoint")
-        elif config.ckpt_path is not None:
-            self.checkpoint = Path(config.ckpt_path)
-        if not config.trainer.fast_dev_run:
-            self.folder = run if config.ckpt_path == "last" else RunFolder.new(root, config.name)
+        self.find_checkpoint(Path(config.trainer.default_root_dir))
 
     def instantiate_classes(self) -> None:
         """Build the data, then the model with the data's numbers, then the trainer."""
@@ -137,49 +153,23 @@ class CLI(LightningCLI):
         if config.best.monitor is not None and config.best.monitor not in logged:
             raise ValueError(f"best.monitor: {unknown(config.best.monitor, logged, 'metric')}")
         if self.checkpoint is not None:
-            self.step = check_checkpoint(self.checkpoint, self.model)
-        self._claim_folder()
+            self.step = check_checkpoint(self.checkpoint, self.model, self.resumes)
+        self.claim_folder()
         try:
-            self.trainer = self.instantiate_trainer(**self._trainer_defaults())
+            self.trainer = self._build_trainer()
         except Exception:
-            if self.folder is not None:
-                self.folder.give_back()
+            self.give_folder_back()
             raise
 
-    def _claim_folder(self) -> None:
-        """Create the run's folder, now that all but the trainer is known to be right; rank 0 does it for all."""
-        if self.folder is None:
-            return
-        if getattr(rank_zero_only, "rank", 0) == 0 and self.config.ckpt_path != "last":
-            self.folder = self.folder.claim()
-        for checkpoint in (self.config_init.best, self.config_init.last):
-            checkpoint.dirpath = str(self.folder.checkpoints.absolute())
-
-    def save_config(self) -> None:
-        """Write the resolved configuration to the run's folder, beside those of earlier starts."""
-        if self.folder is None:
-            return
-        config = self.config.clone()
-        config.config = config.ckpt_path = None
-        text = self.parser.dump(config, skip_none=False)
-        self.folder.unused("config.yaml").write_text(text, encoding="utf8")
-
-    def _trainer_defaults(self) -> dict[str, Any]:
-        """Choose loggers and progress bar where the user chose none."""
+    def _build_trainer(self) -> Trainer:
         trainer = self.config_init.trainer
         callbacks = trainer.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if trainer.enable_progress_bar is not False and not any(isinstance(bar, PROGRESS_BAR) for bar in callbacks):
             callbacks.append(RichProgressBar())
-        if trainer.enable_checkpointing is False or self.folder is None:
-            self.parser.callback_keys.clear()
-        if self.folder is None or trainer.logger not in (None, True):
-            return {"callbacks": callbacks}
-        path = self.folder.path
-        place: dict[str, Any] = {"save_dir": path.parent.parent, "name": path.parent.name, "version": path.name}
-        # What was logged after the checkpoint will be logged again.
-        board = TensorBoardLogger(**place, default_hp_metric=False, purge_step=self.step or None)
-        return {"callbacks": callbacks, "logger": [board, CSVLogger(**place, flush_logs_every_n_steps=1)]}
+        if self.config.observe and trainer.logger is not False and not trainer.fast_dev_run:
+            callbacks += default_observers(self.model, callbacks)
+        return self.instantiate_trainer(**self.trainer_options(callbacks))
 
 
 @contextmanager
@@ -274,8 +264,8 @@ def check_devices(accelerator: str, devices: int | str | list[int]) -> None:
         raise ValueError(f"trainer.devices={devices}: this machine has {cores} processor cores and no other device")
 
 
-def check_checkpoint(path: Path, model: LightningModule) -> int:
-    """Check that a checkpoint is whole and holds this model's weights, trained by the same optimizer.
+def check_checkpoint(path: Path, model: LightningModule, resume: bool = True) -> int:
+    """Check that a checkpoint is whole and holds this model's weights, to resume trained by the same optimizer.
 
     Returns:
         Its global step.
@@ -292,7 +282,7 @@ def check_checkpoint(path: Path, model: LightningModule) -> int:
         raise ValueError(f"--ckpt_path {path} is no whole checkpoint: {type(error).__name__}: {error}") from error
     trained = checkpoint.get("hyper_parameters", {})
     for name in FROM_CHECKPOINT:
-        if name in trained and trained[name] != model.hparams[name]:
+        if resume and name in trained and trained[name] != model.hparams[name]:
             raise ValueError(
                 f"model.{name}={model.hparams[name]}, but --ckpt_path {path} was trained with {trained[name]}, and a "
                 "resumed optimizer goes on as it was: change it back"

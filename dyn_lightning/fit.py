@@ -1,16 +1,77 @@
 """``python -m dyn_lightning.fit --config exp.yaml``: train, then test the best checkpoint."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning import Callback, LightningDataModule
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from dyn_lightning.cli import CLI, keep_metrics, readable_errors
 from dyn_lightning.cost import multiply_adds, parameters
-from dyn_lightning.record import Record
+from dyn_lightning.record import Record, RunFolder
+
+
+class FitCLI(CLI):
+    """Adds the folder of the run.
+
+    Attributes:
+        folder: of this run; None with ``fast_dev_run``, which leaves nothing.
+    """
+
+    program = "dyn_lightning.fit"
+    resumes = True
+    folder: RunFolder | None = None
+
+    def find_checkpoint(self, root: Path) -> None:
+        """Find what to resume, and the run's folder, without creating it."""
+        config, run = self.config, None
+        if config.ckpt_path in ("last", "best"):
+            run = RunFolder.newest(root, config.name)
+            self.checkpoint = run.checkpoint(config.ckpt_path)
+        elif config.ckpt_path is not None:
+            self.checkpoint = Path(config.ckpt_path)
+        if not config.trainer.fast_dev_run:
+            self.folder = run if config.ckpt_path == "last" else RunFolder.new(root, config.name)
+
+    def claim_folder(self) -> None:
+        """Create the run's folder; rank 0 does it for all."""
+        if self.folder is None:
+            return
+        if getattr(rank_zero_only, "rank", 0) == 0 and self.config.ckpt_path != "last":
+            self.folder = self.folder.claim()
+        for checkpoint in (self.config_init.best, self.config_init.last):
+            checkpoint.dirpath = str(self.folder.checkpoints.absolute())
+
+    def give_folder_back(self) -> None:
+        """Remove the run's folder."""
+        if self.folder is not None:
+            self.folder.give_back()
+
+    def trainer_options(self, callbacks: list[Callback]) -> dict[str, Any]:
+        """Choose loggers where the user chose none."""
+        trainer = self.config_init.trainer
+        if trainer.enable_checkpointing is False or self.folder is None:
+            self.parser.callback_keys.clear()
+        if self.folder is None or trainer.logger not in (None, True):
+            return {"callbacks": callbacks}
+        path = self.folder.path
+        place: dict[str, Any] = {"save_dir": path.parent.parent, "name": path.parent.name, "version": path.name}
+        # What was logged after the checkpoint will be logged again.
+        board = TensorBoardLogger(**place, default_hp_metric=False, purge_step=self.step or None)
+        return {"callbacks": callbacks, "logger": [board, CSVLogger(**place, flush_logs_every_n_steps=1)]}
+
+    def save_config(self) -> None:
+        """Write the resolved configuration to the run's folder, beside those of earlier starts."""
+        if self.folder is None:
+            return
+        config = self.config.clone()
+        config.config = config.ckpt_path = None
+        text = self.parser.dump(config, skip_none=False)
+        self.folder.unused("config.yaml").write_text(text, encoding="utf8")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -20,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
         args: the command line, as a list; default is the program's own.
     """
     with readable_errors():
-        cli = CLI(args)
+        cli = FitCLI(args)
         record = prepare(cli)
     trainer, best = cli.trainer, cli.config_init.best
     with readable_errors(lambda: trainer.global_step > cli.step), record:
@@ -41,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
         print(summary(cli, record))
 
 
-def prepare(cli: CLI) -> Record:
+def prepare(cli: FitCLI) -> Record:
     """Fill the run's folder, and begin its record."""
     hparams = cli.model.hparams
     shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
@@ -64,7 +125,7 @@ def prepare(cli: CLI) -> Record:
     return Record(path, cli.trainer.strategy.root_device, cli.trainer.world_size, **facts)
 
 
-def save_last(cli: CLI) -> None:
+def save_last(cli: FitCLI) -> None:
     """Save the final weights, where the last checkpoint was saved some steps before the end."""
     trainer, path, stale = cli.trainer, cli.config_init.last.best_model_path, False
     if path and trainer.is_global_zero:
@@ -79,7 +140,7 @@ def has_test_split(data: LightningDataModule) -> bool:
     return is_overridden("test_dataloader", data, LightningDataModule) and getattr(data, "test_set", True) is not None
 
 
-def summary(cli: CLI, record: Record) -> str:
+def summary(cli: FitCLI, record: Record) -> str:
     """Say where everything is, and how it went; what is tested is the best checkpoint."""
     facts, monitor = record.facts, cli.config.best.monitor
     best = facts["best_checkpoint"]

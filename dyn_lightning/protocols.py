@@ -1,6 +1,8 @@
 """How tools find layers without knowing them: protocols of one method each; a layer takes part by having the method."""
 
-from typing import Protocol, runtime_checkable
+import re
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -35,3 +37,11 @@ class Foldable(Protocol):
 
     def fold(self) -> nn.Module:
         """Give the exact static form for inference."""
+
+
+def named_layers(model: nn.Module, protocol: type) -> Iterator[tuple[str, Any]]:
+    """Find the layers of a model that have a protocol's method, by the names they have without ``torch.compile``."""
+    for path, layer in model.named_modules():
+        compiled = "_orig_mod" in layer._modules  # torch.compile's shell around the layer
+        if isinstance(layer, protocol) and not compiled:
+            yield re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", path).lstrip("."), layer

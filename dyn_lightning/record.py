@@ -89,6 +89,17 @@ class RunFolder:
         paths = [self.checkpoints / Path(path).name for path in best if path]  # the folder may have been moved
         return next((path for path in paths if path.is_file()), None)
 
+    def checkpoint(self, which: str) -> Path:
+        """Find the ``"last"`` or ``"best"`` checkpoint.
+
+        Raises:
+            ValueError: there is none.
+        """
+        path = self.last() if which == "last" else self.best()
+        if path is None:
+            raise ValueError(f"--ckpt_path {which}: {self.path} has no {which} checkpoint")
+        return path
+
     def unused(self, name: str) -> Path:
         """Give the path of a file that does not exist yet: ``config.yaml``, then ``config-1.yaml``, ..."""
         path, number = self.path / name, 0

@@ -3,7 +3,6 @@
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dyn_lightning.checks import check_batched, check_count
-from dyn_lightning.protocols import Routed
+from dyn_lightning.protocols import Routed, named_layers
 
 
 class SigmoidRouter(nn.Module):
@@ -204,14 +203,11 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
         give the same.
     """
     found = {}
-    for path, layer in model.named_modules():
-        compiled = "_orig_mod" in layer._modules  # torch.compile's shell around the layer
-        if isinstance(layer, Routed) and not compiled:
-            name = re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", path).lstrip(".")
-            routers = layer.routers()
-            for key, router in routers.items():
-                source = getattr(router, "source", router)  # of a SharedRouter, the one that runs
-                found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = source
+    for name, layer in named_layers(model, Routed):
+        routers = layer.routers()
+        for key, router in routers.items():
+            source = getattr(router, "source", router)  # of a SharedRouter, the one that runs
+            found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = source
     return found
 
 

@@ -1,5 +1,6 @@
 """Short trainings in the process of the test, and the small networks that they train."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def fit(
 def warns_once(text: str) -> Iterator[None]:
     """Expect one warning with this text; others stay what the suite makes of them, which pytest.warns would change."""
     with warnings.catch_warnings(record=True) as record:
-        warnings.filterwarnings("always", message=f".*{text}")
+        warnings.filterwarnings("always", message=f".*{re.escape(text)}")
         yield
     assert [text in str(warning.message) for warning in record] == [True]
 

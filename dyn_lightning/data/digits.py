@@ -30,6 +30,7 @@ class Digits(ImageDataModule):
     """
 
     class_names = tuple("0123456789")
+    mean, std = MEAN, STD
 
     def __init__(self, image_size: int = 32, batch_size: int = 64, num_workers: int = 0) -> None:
         # Here, because importing scikit-learn takes a third of a second, which `fit --help` need not wait for.

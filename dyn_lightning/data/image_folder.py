@@ -29,6 +29,8 @@ class ImageFolder(ImageDataModule):
         ValueError: a folder is missing or empty, or the splits have different classes.
     """
 
+    mean, std = MEAN, STD
+
     def __init__(self, root: str, image_size: int = 224, batch_size: int = 32, num_workers: int = 2) -> None:
         path = Path(root)
         for split in ("train", "val"):

@@ -30,6 +30,8 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         class_names: names of the classes, or empty.
+        mean: what was subtracted from pixels in [0, 1], a number or one a channel, or None where nobody knows.
+        std: what they were divided by.
 
     Raises:
         ValueError: a batch size below 1 or a negative number of workers.
@@ -39,6 +41,8 @@ class ImageDataModule(LightningDataModule):
     val_set: Dataset
     test_set: Dataset | None = None
     class_names: tuple[str, ...] = ()
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
 
     def __init__(self, num_classes: int, channels: int, image_size: int, batch_size: int, num_workers: int) -> None:
         super().__init__()

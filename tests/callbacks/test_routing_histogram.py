@@ -138,7 +138,8 @@ class TestNotFinite:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     def test_is_counted_and_the_rest_written(self, bad: float, tmp_path: Path) -> None:
         router = Rows((bad, 0.6), (0.1, 0.6), (bad, bad), (0.4, 0.1))
-        trainer = train(mixed(router), tmp_path, constant(), RoutingHistogram(2, bins=2), batch_size=4)
+        with warns_once("NaN or infinite at step 0 in backbone.0 (3)"):
+            trainer = train(mixed(router), tmp_path, constant(), RoutingHistogram(2, bins=2), batch_size=4)
         assert trainer.global_step == 4
         board = read(trainer)
         assert [(event.step, event.value) for event in board.Scalars("routing_not_finite/backbone.0")] == [
@@ -152,7 +153,8 @@ class TestNotFinite:
             assert value.sum == pytest.approx(total)
 
     def test_nothing_is_left(self, tmp_path: Path) -> None:
-        trainer = train(mixed(Constant(float("nan"), 0.5)), tmp_path, constant(), RoutingHistogram())
+        with warns_once("NaN or infinite"):
+            trainer = train(mixed(Constant(float("nan"), 0.5)), tmp_path, constant(), RoutingHistogram())
         value = histograms(trainer)["routing/backbone.0/0"][0]
         assert (value.num, value.sum, sum(value.bucket)) == (0, 0, 0)
         assert read(trainer).Scalars("routing_not_finite/backbone.0")[0].value == 16
@@ -161,10 +163,16 @@ class TestNotFinite:
         trainer = train(classifier(), tmp_path, constant(), RoutingHistogram())
         assert [tag for tag in read(trainer).Tags()["scalars"] if "not_finite" in tag] == []
 
+    def test_can_end_the_training(self, tmp_path: Path) -> None:
+        model, callback = mixed(Constant(float("nan"), 0.5)), RoutingHistogram(2, stop_when_not_finite=True)
+        with warns_once("NaN or infinite at step 0 in backbone.0 (16): the training ends here"):
+            trainer = train(model, tmp_path, constant(), callback)
+        assert trainer.global_step == 1
+
 
 class TestNothingToWrite:
     def test_without_tensorboard_it_warns_once(self, tmp_path: Path) -> None:
-        with warns_once("RoutingHistogram needs a TensorBoardLogger"):
+        with warns_once("no pictures are drawn, since no logger takes them"):
             trainer = fit(classifier(), None, constant(), RoutingHistogram(1), logger=CSVLogger(tmp_path))
         assert trainer.global_step == 4
 

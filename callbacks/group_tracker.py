@@ -1,0 +1,145 @@
+"""How the groups of channels change while layers learn them, as in DGConv's paper (arXiv 1908.05867)."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from dyn_lightning.analysis import figures
+from dyn_lightning.analysis.groups import count_groups, gates
+from dyn_lightning.callbacks.pictures import Pictures, log_figure, step_of, warn_without_pictures
+from dyn_lightning.protocols import Grouped, named_layers
+
+MOST_GATES = 16  # that are logged one by one; of more in a layer the least, the mean and the most are
+LAYERS = 6  # whose membership is drawn, from all depths
+
+
+class GroupTracker(Callback):
+    """Logs, after each epoch of training, which groups each Grouped layer has.
+
+    Scalars: ``groups/LAYER`` (of channels that are not connected with each other), ``group_connections/LAYER`` (ones in
+    its membership U), ``group_flips/LAYER`` (how often one of its gates changed its sign in this epoch, looked at after
+    each step), ``gates/LAYER/NUMBER`` (the parameters that U depends on), and ``groups_connected``, the part of all
+    pairs of channels that is connected. Figures: ``group_membership/LAYER`` of layers from all depths, and
+    ``group_counts``, which shows all layers over all epochs, also those before a resume. They are drawn at the end, and
+    before it as often as takes at most 0.5 % of the time. Outside of a training only the figures are drawn.
+
+    Args:
+        every_n_epochs: draw after every so many epochs instead, whatever it takes.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    def __init__(self, every_n_epochs: int | None = None) -> None:
+        self.pictures = Pictures(every_n_epochs)
+        self._epochs: list[int] = []  # that are complete; 0 is the start
+        self._counts: dict[str, list[int]] = {}  # groups after each of them
+        self._flips = torch.zeros(0, dtype=torch.long)  # of each gate since then
+        self._gates: dict[str, list[nn.Parameter]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the history, so that a resumed run goes on with it."""
+        return {"epochs": self._epochs, "counts": self._counts, "flips": self._flips.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history."""
+        self._epochs, self._counts = list(state_dict["epochs"]), dict(state_dict["counts"])
+        self._flips = torch.tensor(state_dict["flips"], dtype=torch.long)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once if there are no layers to follow, or nowhere to draw."""
+        self.pictures.begin()
+        if not dict(named_layers(pl_module, Grouped)):
+            rank_zero_warn("GroupTracker found no layer that learns its groups (membership()) in the model")
+        warn_without_pictures(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on after a resume."""
+        self._gates = {name: gates(layer) for name, layer in named_layers(pl_module, Grouped)}
+        self._open = self._signs()
+        self._epochs = [epoch for epoch in self._epochs if epoch <= trainer.current_epoch]
+        self._counts = {name: self._counts.get(name, [])[: len(self._epochs)] for name in self._gates}
+        same = self._flips.shape == self._open.shape and self._epochs
+        self._flips = (self._flips if same else torch.zeros_like(self._open, dtype=torch.long)).to(self._open.device)
+        if not self._epochs:
+            self._note(0, _memberships(pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the gates that changed their sign."""
+        before, self._open = self._open, self._signs()
+        self._flips += before != self._open
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the scalars, and draw if it is time."""
+        matrices = _memberships(pl_module)
+        if not matrices:
+            return
+        self._note(trainer.current_epoch + 1, matrices)
+        flips = self._flips.split([sum(map(torch.numel, values)) for values in self._gates.values()])
+        for (name, matrix), changed in zip(matrices.items(), flips, strict=True):
+            pl_module.log(f"groups/{name}", float(self._counts[name][-1]))
+            pl_module.log(f"group_connections/{name}", matrix.count_nonzero().float())
+            if self._gates[name]:
+                pl_module.log(f"group_flips/{name}", changed.sum().float())
+                pl_module.log_dict({f"gates/{name}/{key}": value for key, value in _values(self._gates[name]).items()})
+        pairs = sum(matrix.numel() for matrix in matrices.values())
+        pl_module.log("groups_connected", sum(int(matrix.count_nonzero()) for matrix in matrices.values()) / pairs)
+        self._flips.zero_()
+        self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last epoch."""
+        self.pictures.end()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, outside of a training."""
+        self._draw_alone(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, outside of a training."""
+        self._draw_alone(trainer, pl_module)
+
+    def _draw_alone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        matrices = _memberships(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING or self._gates or not matrices:  # a training draws at its end
+            return
+        if self._counts.keys() != matrices.keys():  # no history of this model
+            self._epochs, self._counts = [], {name: [] for name in matrices}
+            self._note(0, matrices)
+        self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
+
+    def _note(self, epoch: int, matrices: Mapping[str, Tensor]) -> None:
+        self._epochs.append(epoch)
+        for name, matrix in matrices.items():
+            self._counts[name].append(count_groups(matrix))
+
+    def _draw(self, trainer: Trainer, step: int, matrices: dict[str, Tensor]) -> None:
+        most = {name: min(matrix.shape) for name, matrix in matrices.items()}
+        log_figure(trainer, "group_counts", figures.group_counts(self._counts, self._epochs, most), step)
+        for name in figures.spread(list(matrices), LAYERS):
+            log_figure(trainer, f"group_membership/{name}", figures.membership(name, matrices[name].cpu()), step)
+
+    def _signs(self) -> Tensor:
+        values = [gate.detach().flatten() for layer in self._gates.values() for gate in layer]
+        return torch.cat(values) >= 0 if values else torch.zeros(0, dtype=torch.bool)
+
+
+def _memberships(model: nn.Module) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {name: layer.membership().detach() for name, layer in named_layers(model, Grouped)}
+
+
+def _values(parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+    """Give a layer's gates by number, or what they are like where they are many."""
+    gates = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    if len(gates) <= MOST_GATES:
+        return {str(number): gate for number, gate in enumerate(gates)}
+    return {"least": gates.min(), "mean": gates.mean(), "most": gates.max()}

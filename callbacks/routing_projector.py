@@ -1,0 +1,73 @@
+"""Routing weights as points in TensorBoard's projector."""
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+
+from dyn_lightning.callbacks.batches import class_names
+from dyn_lightning.callbacks.pictures import step_of, writers
+from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
+from dyn_lightning.checks import check_count
+
+SPRITE = 8192  # rows and columns of the largest picture that browsers take
+
+
+class RoutingProjector(RoutingObserver):
+    """Writes, at the end of a training, the routing weights of images as points of TensorBoard's projector.
+
+    A point has an image's weights in all layers, or in those that are chosen, its class and a thumbnail. Images with
+    weights that are not finite are left out.
+
+    Args:
+        layers: globs over the names of layers whose weights make a point; None takes all.
+        max_images: points, at equal distances in the data (see ``RoutingObserver``, also for the memory).
+        side: rows and columns of a thumbnail.
+        split: the evaluation to watch: ``"val"`` or ``"test"``.
+
+    Raises:
+        ValueError: a count below 1, an unknown split, a glob that matches no routed layer, or more thumbnails than
+            browsers show.
+    """
+
+    def __init__(
+        self, layers: list[str] | None = None, max_images: int = 1_000, side: int = 32, split: str = "val"
+    ) -> None:
+        check_count("side", side)
+        check_count("max_images", max_images)
+        if math.ceil(math.sqrt(max_images)) * side > SPRITE:
+            raise ValueError(
+                f"max_images={max_images} with side={side}: the thumbnails must fit into {SPRITE} x {SPRITE} pixels"
+            )
+        super().__init__(max_images, split, sys.maxsize, side, layers)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
+        """Write if it is time."""
+        if not writers(trainer):
+            rank_zero_warn("RoutingProjector needs a TensorBoardLogger; without one it writes nothing")
+            return
+        self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), seen))
+
+    def _draw(self, trainer: Trainer, step: int, seen: Seen) -> None:
+        points = torch.cat(list(seen.weights.values()), dim=1)
+        rows = points.isfinite().all(1).nonzero().flatten()
+        if not len(rows):
+            return
+        labels = None if seen.labels is None else _metadata(seen.labels[rows].tolist(), class_names(trainer))
+        images = None
+        if seen.images is not None:
+            height, width = seen.images.shape[2:]
+            side = max(height, width)  # the projector takes square ones
+            images = F.pad(seen.images[rows].float() / 255, (0, side - width, 0, side - height), value=1.0)
+        for writer in writers(trainer):
+            writer.add_embedding(points[rows], labels, images, global_step=step, tag="routing")
+
+
+def _metadata(labels: list[int], names: Sequence[str]) -> list[str]:
+    """Name each point; tabs and line ends would break the file."""
+    return [" ".join(names[label].split()) if names else str(label) for label in labels]

@@ -1,0 +1,91 @@
+"""What the routing weights of an evaluation say about each layer, in scalars and figures."""
+
+from functools import partial
+
+from pytorch_lightning import LightningModule, Trainer
+
+from dyn_lightning.analysis import figures
+from dyn_lightning.analysis.statistics import DEAD_BELOW, LayerStatistics, layer_statistics, similarity
+from dyn_lightning.callbacks.batches import class_names
+from dyn_lightning.callbacks.not_finite import NotFinite
+from dyn_lightning.callbacks.pictures import log_figure, step_of
+from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
+
+
+class RoutingReport(RoutingObserver):
+    """Logs, after each evaluation, how the layers route images.
+
+    Scalars: ``routing_images`` (how many were looked at), and of each layer ``routing_entropy`` (over log2 K: 1 where
+    all kernels are equal, 0 where one has all), ``routing_entropy_bits``, ``routing_largest`` (share of an image's
+    largest kernel), ``routing_balance`` (part of the kernels in use), ``routing_dead`` (kernels that no image uses),
+    ``routing_classes`` (variance between classes over all variance; where there are labels) and
+    ``routing_not_finite_images``; see ``LayerStatistics``. Figures: ``routing_report/depth`` (entropy, difference
+    between classes and load of the kernels), ``similarity`` and ``classes``.
+
+    While a network trains, drawing takes at most 0.5 % of the time; the last evaluation is always drawn, at the end.
+    Scalars go to all loggers, figures to TensorBoard's and those with ``log_image(key, images, step)``.
+
+    Args:
+        max_images: how many are looked at, at equal distances (see ``RoutingObserver``, also for the memory).
+        split: the evaluation to report: ``"val"`` or ``"test"``.
+        every_n_evaluations: draw after every so many evaluations instead, whatever it takes.
+        dead_below: a kernel is dead if no image gives it more than this part of an equal share, 1 / K.
+        stop_when_not_finite: whether NaN or infinite routing weights end the training, else it goes on.
+
+    Raises:
+        ValueError: a count below 1, an unknown split, or a ``dead_below`` that is not from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        max_images: int = 10_000,
+        split: str = "val",
+        every_n_evaluations: int | None = None,
+        dead_below: float = DEAD_BELOW,
+        stop_when_not_finite: bool = False,
+    ) -> None:
+        super().__init__(max_images, split, every_n_evaluations)
+        if not 0 <= dead_below <= 1:
+            raise ValueError(f"dead_below={dead_below} must be from 0 to 1, a part of an equal share")
+        self.dead_below = dead_below
+        self._not_finite = NotFinite(stop_when_not_finite)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
+        """Log the scalars, and draw if it is time."""
+        names = class_names(trainer)
+        count = 0 if seen.labels is None else max(len(names), int(seen.labels.max()) + 1)
+        layers = {
+            name: layer_statistics(weights, seen.labels, count, self.dead_below)
+            for name, weights in seen.weights.items()
+        }
+        images = len(next(iter(seen.weights.values())))
+        for tag, value in {"routing_images": float(images), **_scalars(layers)}.items():
+            pl_module.log(tag, value, sync_dist=True)  # the same on every rank, so their mean is the value
+        self._not_finite(trainer, {name: each.not_finite for name, each in layers.items()})
+        self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), layers, seen))
+
+    def _draw(self, trainer: Trainer, step: int, layers: dict[str, LayerStatistics], seen: Seen) -> None:
+        drawn = {"depth": figures.depth(layers)}
+        if len(layers) > 1:
+            drawn["similarity"] = figures.similarity(similarity(seen.weights), list(layers))
+        if all(len(each.class_means) for each in layers.values()):
+            drawn["classes"] = figures.classes(layers, class_names(trainer))
+        for name, figure in drawn.items():
+            log_figure(trainer, f"routing_report/{name}", figure, step)
+
+
+def _scalars(layers: dict[str, LayerStatistics]) -> dict[str, float]:
+    """Give the values by tag, without those that nobody knows."""
+    found: dict[str, float] = {}
+    for name, each in layers.items():
+        values = {
+            "entropy": each.relative_entropy,
+            "entropy_bits": each.entropy,
+            "largest": each.largest,
+            "balance": each.balance,
+            "dead": float(len(each.dead)),
+            "classes": each.explained,
+            "not_finite_images": float(each.not_finite),
+        }
+        found |= {f"routing_{key}/{name}": value for key, value in values.items() if value == value}
+    return found
