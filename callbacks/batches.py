@@ -1,7 +1,7 @@
 """Reads batches and loaders of whatever form."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from pytorch_lightning import Trainer
@@ -36,7 +36,9 @@ def loader_length(loaders: Any, batches: Sequence[float] | float) -> float:
     loader = first_loader(loaders)
     count = batches[0] if isinstance(batches, Sequence) else batches
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return count * size if size else math.inf
+    at_most = count * size if size else math.inf
+    sampler = getattr(loader, "sampler", None)
+    return min(at_most, len(sampler)) if isinstance(sampler, Sized) else at_most
 
 
 def first_loader(loaders: Any) -> DataLoader | None:

@@ -82,6 +82,6 @@ def largest_shares(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
         tensor([[1, 2],
                 [0, 2]])
     """
-    parts = shares(weights)
-    found = parts.nan_to_num(-1).topk(min(count, len(parts)), dim=0)
+    finite = weights.isfinite().all(1, keepdim=True)
+    found = shares(weights).where(finite, -1).topk(min(count, len(weights)), dim=0)
     return found.values.where(found.values >= 0, torch.nan).T, found.indices.T

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dyn_lightning.analysis import figures
 from dyn_lightning.analysis.groups import count_groups, gates
 from dyn_lightning.callbacks.pictures import Pictures, log_figure, step_of, warn_without_pictures
+from dyn_lightning.checks import check_count
 from dyn_lightning.protocols import Grouped, named_layers
 
 MOST_GATES = 16  # that are logged one by one; of more in a layer the least, the mean and the most are
@@ -37,6 +38,8 @@ class GroupTracker(Callback):
     """
 
     def __init__(self, every_n_epochs: int | None = None) -> None:
+        if every_n_epochs is not None:
+            check_count("every_n_epochs", every_n_epochs)
         self.pictures = Pictures(every_n_epochs)
         self._epochs: list[int] = []  # that are complete; 0 is the start
         self._counts: dict[str, list[int]] = {}  # groups after each of them

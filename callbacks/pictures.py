@@ -15,7 +15,6 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dyn_lightning.analysis.figures import pixels
-from dyn_lightning.checks import check_count
 
 # While a network trains, the pictures of one callback take at most this part of the time, and are expected to take so
 # many seconds at first.
@@ -30,8 +29,6 @@ class Pictures:
     """
 
     def __init__(self, every: int | None) -> None:
-        if every is not None:
-            check_count("every_n_evaluations", every)
         self.every = every
         self.begin()
 

@@ -67,6 +67,8 @@ class RoutingObserver(Callback, ABC):
         layers: list[str] | None = None,
     ) -> None:
         check_count("max_images", max_images)
+        if every_n_evaluations is not None:
+            check_count("every_n_evaluations", every_n_evaluations)
         if split not in SPLITS:
             raise ValueError(f"split={split!r} must be one of {list(SPLITS)}")
         self.max_images = max_images

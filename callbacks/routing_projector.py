@@ -8,7 +8,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
 
 from dyn_lightning.callbacks.batches import class_names
 from dyn_lightning.callbacks.pictures import step_of, writers
@@ -22,7 +21,7 @@ class RoutingProjector(RoutingObserver):
     """Writes, at the end of a training, the routing weights of images as points of TensorBoard's projector.
 
     A point has an image's weights in all layers, or in those that are chosen, its class and a thumbnail. Images with
-    weights that are not finite are left out.
+    weights that are not finite are left out. Without a TensorBoardLogger it writes nothing.
 
     Args:
         layers: globs over the names of layers whose weights make a point; None takes all.
@@ -48,9 +47,6 @@ class RoutingProjector(RoutingObserver):
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
         """Write if it is time."""
-        if not writers(trainer):
-            rank_zero_warn("RoutingProjector needs a TensorBoardLogger; without one it writes nothing")
-            return
         self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), seen))
 
     def _draw(self, trainer: Trainer, step: int, seen: Seen) -> None:

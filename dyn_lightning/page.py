@@ -36,7 +36,8 @@ body { font-family: system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; 
 figure { margin: 2rem 0; } img { max-width: 100%; border: 1px solid #ddd; }
 figcaption { max-width: 50rem; line-height: 1.4; margin-bottom: .5rem; }
 div { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; } th:first-child, td:nth-child(2):last-child { text-align: left; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:nth-child(2):last-child { text-align: left; }
 """
 
 

@@ -1,0 +1,98 @@
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pytorch_lightning import Trainer
+from pytorch_lightning.trainer.states import TrainerFn
+
+from dyn_lightning.callbacks import pictures
+from dyn_lightning.callbacks.pictures import Pictures
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(pictures, "time", clock)
+    return clock
+
+
+def trainer(fn: TrainerFn = TrainerFn.FITTING, zero: bool = True, takes: bool = True) -> Trainer:
+    loggers = [SimpleNamespace(log_image=print)] if takes else []
+    found: Any = SimpleNamespace(is_global_zero=zero, loggers=loggers, state=SimpleNamespace(fn=fn))
+    return found
+
+
+class TestSchedule:
+    def test_drawing_takes_its_share_at_most(self, clock: Clock) -> None:
+        """An evaluation every 10 s; a drawing takes 2 s, of which 400 s of training leave time for one."""
+        drawn, plan = [], Pictures(None)
+
+        def draw(at: float) -> None:
+            drawn.append(at)
+            clock.now += 2.0
+
+        for second in range(10, 2000, 10):
+            clock.now = float(second)
+            plan.offer(trainer(), lambda: draw(second))  # noqa: B023 - called at once, or replaced by the next
+        # The first is expected to take 1 s, and so comes after 200 s.
+        assert drawn == [200, 800, 1200, 1600]
+
+    def test_what_was_not_drawn_is_drawn_at_the_end(self, clock: Clock) -> None:
+        drawn: list[int] = []
+        plan = Pictures(None)
+        for number in range(3):
+            plan.offer(trainer(), lambda: drawn.append(number))  # noqa: B023 - the last alone is called
+        assert drawn == []
+        plan.end()
+        plan.end()
+        assert drawn == [2]
+
+    def test_a_fixed_plan(self, clock: Clock) -> None:
+        drawn: list[int] = []
+        plan = Pictures(3)
+        for number in range(8):
+            plan.offer(trainer(), lambda: drawn.append(number))  # noqa: B023 - called at once, or replaced
+        assert drawn == [2, 5]
+        plan.begin()
+        plan.end()
+        assert drawn == [2, 5]  # what was left of an earlier training is forgotten
+
+    @pytest.mark.parametrize("fn", [TrainerFn.VALIDATING, TrainerFn.TESTING])
+    def test_outside_of_a_training_at_once(self, fn: TrainerFn, clock: Clock) -> None:
+        drawn: list[int] = []
+        Pictures(None).offer(trainer(fn), lambda: drawn.append(1))
+        assert drawn == [1]
+
+    @pytest.mark.parametrize("kind", [{"zero": False}, {"takes": False}])
+    def test_not_where_nobody_looks(self, kind: dict[str, bool], clock: Clock) -> None:
+        plan = Pictures(1)
+        plan.offer(trainer(**kind), lambda: pytest.fail("drawn"))
+        plan.end()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_after_drawing(enabled: bool) -> None:
+    (gc.enable if enabled else gc.disable)()
+    try:
+        plan = Pictures(1)
+        plan.offer(trainer(), lambda: None)
+        assert gc.isenabled() is enabled
+
+        def fails() -> None:
+            assert not gc.isenabled()
+            raise RuntimeError("on purpose")
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            plan.offer(trainer(), fails)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()

@@ -1,0 +1,236 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
+from dyn_lightning.routing import named_routers
+from tests.callbacks.boards import constant, train
+from tests.callbacks.coded import Data, data, routed, softmax_rows
+from tests.training import Raise, classifier, digits
+
+
+class Notes(RoutingObserver):
+    """Notes what was seen in each evaluation."""
+
+    def __init__(self, max_images: int = 1000, split: str = "val", **options: Any) -> None:
+        super().__init__(max_images, split, None, **options)
+        self.seen: list[Seen] = []
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
+        self.seen.append(seen)
+
+
+class Held(Callback):
+    """Measures what an observer keeps after each batch."""
+
+    def __init__(self, observer: RoutingObserver) -> None:
+        self.observer, self.most = observer, 0
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        kept = [
+            tensor
+            for part in self.observer._kept
+            for tensor in (*part.weights.values(), part.labels, part.images)
+            if tensor is not None
+        ]
+        self.most = max(self.most, sum(tensor.untyped_storage().nbytes() for tensor in kept))
+
+
+def observe(rows: Data, *kernels: int, folder: Path, **options: Any) -> Seen:
+    notes = Notes(**options)
+    train(routed(*kernels), rows, folder, notes)
+    (seen,) = notes.seen
+    return seen
+
+
+class TestWhichImages:
+    @pytest.mark.parametrize("batch_size", [1, 3, 4, 11, 20])
+    def test_all_where_they_are_few(self, batch_size: int, tmp_path: Path) -> None:
+        weights = [softmax_rows(11, 3), softmax_rows(11, 2)]
+        seen = observe(data(*weights, batch_size=batch_size), 3, 2, folder=tmp_path)
+        assert list(seen.weights) == ["backbone.0", "backbone.1"]
+        assert all(torch.equal(got, want) for got, want in zip(seen.weights.values(), weights, strict=True))
+        assert seen.labels is not None
+        assert seen.labels.tolist() == [n % 4 for n in range(11)]
+        assert seen.images is None
+
+    @pytest.mark.parametrize(
+        ("most", "batch_size", "places"),
+        [
+            (11, 3, list(range(11))),
+            (4, 3, [0, 3, 6, 9]),
+            (3, 5, [0, 4, 8]),
+            (2, 2, [0, 6]),
+            (1, 4, [0]),
+        ],
+    )
+    def test_some_at_equal_distances(self, most: int, batch_size: int, places: list[int], tmp_path: Path) -> None:
+        weights = softmax_rows(11, 3)
+        seen = observe(data(weights, batch_size=batch_size), 3, folder=tmp_path, max_images=most)
+        assert torch.equal(seen.weights["backbone.0"], weights[torch.tensor(places)])
+        assert seen.labels is not None
+        assert seen.labels.tolist() == [place % 4 for place in places]
+
+    def test_sorted_data_give_every_class(self, tmp_path: Path) -> None:
+        rows = data(softmax_rows(60, 2), batch_size=7)
+        rows.val_set.tensors = (rows.val_set.tensors[0], torch.arange(60) // 6)  # type: ignore[attr-defined]
+        seen = observe(rows, 2, folder=tmp_path, max_images=20)
+        assert seen.labels is not None
+        assert seen.labels.unique().tolist() == list(range(10))
+
+    def test_data_without_a_length_give_the_first(self, tmp_path: Path) -> None:
+        weights = softmax_rows(11, 3)
+        pairs = list(data(weights).val_set)  # type: ignore[call-overload]
+
+        class Stream(IterableDataset):
+            def __iter__(self) -> Any:
+                return iter(pairs)
+
+        rows = data(weights)
+        rows.val_set = Stream()
+        seen = observe(rows, 3, folder=tmp_path, max_images=5)
+        assert torch.equal(seen.weights["backbone.0"], weights[:5])
+
+    @pytest.mark.parametrize("rank", [0, 1, 2])
+    def test_repeated_ones_are_left_out(self, rank: int, tmp_path: Path) -> None:
+        """A sampler gives three ranks four images each of ten, and so two of them twice."""
+        weights = softmax_rows(10, 3)
+        rows = data(weights)
+        sampler: DistributedSampler = DistributedSampler(rows.val_set, 3, rank, shuffle=False)
+        assert len(sampler) == 4
+        rows.val_dataloader = lambda: DataLoader(rows.val_set, 2, sampler=sampler)  # type: ignore[method-assign]
+        seen = observe(rows, 3, folder=tmp_path)
+        assert torch.equal(seen.weights["backbone.0"], weights[rank::3])
+
+    def test_of_a_part_of_the_batches(self, tmp_path: Path) -> None:
+        weights, notes = softmax_rows(11, 3), Notes()
+        train(routed(3), data(weights), tmp_path, notes, limit_val_batches=2)
+        assert torch.equal(notes.seen[0].weights["backbone.0"], weights[:6])
+
+    def test_each_evaluation_begins_anew(self, tmp_path: Path) -> None:
+        notes = Notes()
+        train(routed(3), data(softmax_rows(11, 3)), tmp_path, notes, max_epochs=3, num_sanity_val_steps=2)
+        assert [len(seen.weights["backbone.0"]) for seen in notes.seen] == [11, 11, 11]
+
+    def test_of_the_split_that_is_wanted(self, tmp_path: Path) -> None:
+        notes, rows = Notes(split="test"), data(softmax_rows(11, 3))
+        trainer = train(routed(3), rows, tmp_path, notes)
+        assert notes.seen == []
+        trainer.test(trainer.model, rows, verbose=False)
+        trainer.validate(trainer.model, rows, verbose=False)
+        assert [len(seen.weights["backbone.0"]) for seen in notes.seen] == [11]
+
+
+class TestLayers:
+    def test_chosen_by_globs(self, tmp_path: Path) -> None:
+        rows = data(*[softmax_rows(5, kernels) for kernels in (3, 2, 4)])
+        seen = observe(rows, 3, 2, 4, folder=tmp_path, layers=["*.0", "backbone.2"])
+        assert list(seen.weights) == ["backbone.0", "backbone.2"]
+
+    def test_a_glob_that_matches_none(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"layers='layer4' matches no routed layer; there are backbone.0, back"):
+            observe(data(softmax_rows(5, 3), softmax_rows(5, 3)), 3, 3, folder=tmp_path, layers=["*.0", "layer4"])
+
+
+class TestThumbnails:
+    def test_of_the_images_that_are_kept(self, tmp_path: Path) -> None:
+        rows = data(softmax_rows(11, 8))
+        seen = observe(rows, 8, folder=tmp_path, max_images=4, side=8)
+        assert seen.images is not None
+        assert seen.images.shape == (4, 3, 8, 8)
+        pictures = torch.stack([rows.val_set[place][0] for place in (0, 3, 6, 9)])
+        stretched = pictures / pictures.amax((1, 2, 3), keepdim=True)  # the least is 0
+        assert torch.equal(seen.images[:, :1], (stretched * 255).round().to(torch.uint8))
+
+    def test_as_before_the_normalisation(self, tmp_path: Path) -> None:
+        notes, rows = Notes(side=8), digits()
+        train(classifier(), rows, tmp_path, notes, constant(), limit_val_batches=1)
+        seen = notes.seen[0].images
+        batch, _ = next(iter(rows.val_dataloader()))
+        pixels = (batch * 0.3760 + 0.3053).expand(-1, 3, -1, -1)  # of Digits
+        assert seen is not None
+        assert (seen.float() / 255 - pixels).abs().max() <= 0.5 / 255 + 1e-6
+
+
+class TestMemory:
+    """4 max_images (sum of K + 1) bytes, and 3 max_images side ** 2 for thumbnails, as the docstring says."""
+
+    @pytest.mark.parametrize("count", [40, 400])
+    def test_is_bounded(self, count: int, tmp_path: Path) -> None:
+        rows = data(softmax_rows(count, 3), softmax_rows(count, 5), batch_size=7)
+        notes = Notes(max_images=20, side=4)
+        held = Held(notes)
+        train(routed(3, 5), rows, tmp_path, notes, held)
+        assert 0 < held.most <= 4 * 20 * (3 + 5) + 8 * 20 + 3 * 20 * 4**2
+
+
+class TestHooks:
+    def hooks(self, model: nn.Module) -> int:
+        return sum(len(router._forward_hooks) for router in named_routers(model).values())
+
+    def test_are_gone_after_each_batch(self, tmp_path: Path) -> None:
+        counts, model = [], routed(3)
+
+        class Count(Callback):
+            def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+                counts.append(TestHooks().hooks(model))
+
+        train(model, data(softmax_rows(5, 3)), tmp_path, Notes(), Count())
+        assert counts == [0, 0]
+
+    def test_are_gone_after_an_exception(self, tmp_path: Path) -> None:
+        model = routed(3)
+
+        class Broken(Callback):
+            def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+                raise RuntimeError("on purpose")
+
+        class Early(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                raise RuntimeError("on purpose")
+
+        model.backbone.append(Early())
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(model, data(softmax_rows(5, 3)), tmp_path, Notes(), Raise(), num_sanity_val_steps=0)
+        assert self.hooks(model) == 0
+        rows: Any = data(softmax_rows(5, 3))
+        model.backbone = model.backbone[:-1]
+        step = model.validation_step
+
+        def fails(batch: Any, batch_idx: int) -> None:
+            step(batch, batch_idx)
+            raise RuntimeError("on purpose")
+
+        model.validation_step = fails  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(model, rows, tmp_path, Notes())
+        assert self.hooks(model) == 0
+
+
+def test_batches_of_another_form(tmp_path: Path) -> None:
+    """Images and labels are found in a dictionary, whatever stands before them."""
+    weights, notes = softmax_rows(7, 3), Notes(side=8)
+    rows: Any = data(weights)
+
+    class Named(Dataset):
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            image, label = rows.val_set[index]
+            return {"weight": 0.5, "name": f"{index}", "image": image, "meta": {"label": label}}
+
+    model = routed(3)
+    step = model.validation_step
+    model.validation_step = lambda batch, batch_idx: step((batch["image"], batch["meta"]["label"]), batch_idx)  # type: ignore
+    rows.val_dataloader = lambda: DataLoader(Named(), 3)
+    train(model, rows, tmp_path, notes)
+    assert torch.equal(notes.seen[0].weights["backbone.0"], weights)
+    assert notes.seen[0].labels is not None
+    assert notes.seen[0].labels.tolist() == [n % 4 for n in range(7)]
+    assert notes.seen[0].images is not None
