@@ -28,7 +28,7 @@ class GroupTracker(Callback):
     each step), ``gates/LAYER/NUMBER`` (the parameters that U depends on), and ``groups_connected``, the part of all
     pairs of channels that is connected. Figures: ``group_membership/LAYER`` of layers from all depths, and
     ``group_counts``, which shows all layers over all epochs, also those before a resume. They are drawn at the end, and
-    before it as often as takes at most 0.5 % of the time. Outside of a training only the figures are drawn.
+    before it as often as takes at most 0.5 % of the time. Outside of a training there is nothing of gates.
 
     Args:
         every_n_epochs: draw after every so many epochs instead, whatever it takes.
@@ -87,14 +87,11 @@ class GroupTracker(Callback):
             return
         self._note(trainer.current_epoch + 1, matrices)
         flips = self._flips.split([sum(map(torch.numel, values)) for values in self._gates.values()])
-        for (name, matrix), changed in zip(matrices.items(), flips, strict=True):
-            pl_module.log(f"groups/{name}", float(self._counts[name][-1]))
-            pl_module.log(f"group_connections/{name}", matrix.count_nonzero().float())
-            if self._gates[name]:
+        self._log_groups(pl_module, matrices)
+        for (name, values), changed in zip(self._gates.items(), flips, strict=True):
+            if values:
                 pl_module.log(f"group_flips/{name}", changed.sum().float())
-                pl_module.log_dict({f"gates/{name}/{key}": value for key, value in _values(self._gates[name]).items()})
-        pairs = sum(matrix.numel() for matrix in matrices.values())
-        pl_module.log("groups_connected", sum(int(matrix.count_nonzero()) for matrix in matrices.values()) / pairs)
+                pl_module.log_dict({f"gates/{name}/{key}": value for key, value in _values(values).items()})
         self._flips.zero_()
         self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
 
@@ -102,22 +99,33 @@ class GroupTracker(Callback):
         """Draw the last epoch."""
         self.pictures.end()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, outside of a training."""
-        self._draw_alone(trainer, pl_module)
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and draw, outside of a training."""
+        self._show_alone(trainer, pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, outside of a training."""
-        self._draw_alone(trainer, pl_module)
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and draw, outside of a training."""
+        self._show_alone(trainer, pl_module)
 
-    def _draw_alone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _show_alone(self, trainer: Trainer, pl_module: LightningModule) -> None:
         matrices = _memberships(pl_module)
         if trainer.state.fn == TrainerFn.FITTING or self._gates or not matrices:  # a training draws at its end
             return
+        now = {name: count_groups(matrix) for name, matrix in matrices.items()}
         if self._counts.keys() != matrices.keys():  # no history of this model
             self._epochs, self._counts = [], {name: [] for name in matrices}
-            self._note(0, matrices)
+        if now != {name: counts[-1] if counts else None for name, counts in self._counts.items()}:
+            # The best checkpoint is saved before its epoch is noted.
+            self._note(self._epochs[-1] + 1 if self._epochs else 0, matrices)
+        self._log_groups(pl_module, matrices)
         self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
+
+    def _log_groups(self, pl_module: LightningModule, matrices: dict[str, Tensor]) -> None:
+        ones = {name: float(matrix.count_nonzero()) for name, matrix in matrices.items()}
+        values = {f"groups/{name}": float(counts[-1]) for name, counts in self._counts.items()}
+        values |= {f"group_connections/{name}": count for name, count in ones.items()}
+        values["groups_connected"] = sum(ones.values()) / sum(matrix.numel() for matrix in matrices.values())
+        pl_module.log_dict(values, sync_dist=True)  # the same on every rank, so their mean is the value
 
     def _note(self, epoch: int, matrices: Mapping[str, Tensor]) -> None:
         self._epochs.append(epoch)

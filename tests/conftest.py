@@ -1,7 +1,10 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.command_line import SMALL, fit, write_config
 
 # Triton asks for it when it is first imported: where there is no GPU, its kernels are tested in its interpreter.
 if not torch.cuda.is_available():
@@ -14,3 +17,13 @@ pytest.register_assert_rewrite("tests.contract")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of ``both.yaml`` with all observers; its network has routed and grouped layers."""
+    folder = tmp_path_factory.mktemp("observed")
+    config = {**SMALL, "model": {**SMALL["model"], "backbone": "tests.nets.Both", "group_budget": 4}}
+    done = fit(folder, "--config", str(write_config(folder, "both.yaml", config)), "--trainer.max_epochs", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs" / "both" / "version_0"

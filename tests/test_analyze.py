@@ -1,0 +1,217 @@
+"""What a checkpoint's layers learned, without training: ``python -m dyn_lightning.analyze``."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dyn_lightning.analyze import main
+from dyn_lightning.callbacks import group_tracker
+from dyn_lightning.data import Digits
+from dyn_lightning.fit import main as train
+from tests.command_line import SMALL, in_this_process, write_config
+from tests.test_bad_input import changed
+
+ROUTED = ("backbone.conv2", "backbone.conv4")
+PICTURES = {
+    "expert_examples-backbone.conv2.png",
+    "expert_examples-backbone.conv4.png",
+    "group_counts.png",
+    "group_membership-backbone.conv3.png",
+    "routing_report-classes.png",
+    "routing_report-depth.png",
+    "routing_report-similarity.png",
+}
+
+
+@pytest.fixture(autouse=True)
+def run(observed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, in the folder in which the commands are called."""
+    in_this_process(tmp_path, monkeypatch)
+    copy = tmp_path / "runs" / "both" / "version_0"
+    shutil.copytree(observed_run, copy)
+    return copy
+
+
+def analyze(run: Path, *arguments: str) -> None:
+    main(["--config", str(run / "config.yaml"), *arguments])
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "layers.csv").open(newline="") as file:
+        return {row["layer"]: row for row in csv.DictReader(file)}
+
+
+def logged(run: Path, epoch: int) -> dict[str, float]:
+    """Give what the training logged of an evaluation."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["routing_images"]]
+    return {name: float(value) for name, value in rows[epoch].items() if value}
+
+
+def expected_groups(run: Path, epoch: int) -> float:
+    with (run / "metrics.csv").open(newline="") as file:
+        return float(
+            [row for row in csv.DictReader(file) if row["groups/backbone.conv3"]][epoch]["groups/backbone.conv3"]
+        )
+
+
+class Links(HTMLParser):
+    """Collects what a page would load, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+class TestWritten:
+    def test_pictures_table_page_and_record(self, run: Path) -> None:
+        analyze(run)
+        folder = run / "analysis"
+        assert {path.name for path in folder.iterdir()} == PICTURES | {"layers.csv", "index.html", "run.json"}
+        for name in PICTURES:
+            with Image.open(folder / name) as image:
+                assert min(image.size) > 200
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["status"], record["split"]) == ("finished", "val")
+        assert record["metrics"]["routing_images"] == 180
+
+    @pytest.mark.parametrize("which", ["best", "last"])
+    def test_the_table_has_what_the_training_logged(self, which: str, run: Path) -> None:
+        analyze(run, "--ckpt_path", which)
+        epoch = (
+            int(re.findall(r"best-epoch=(\d)", str([*(run / "checkpoints").iterdir()]))[0]) if which == "best" else 1
+        )
+        expected, rows = logged(run, epoch), table(run / "analysis")
+        assert list(rows) == [*ROUTED, "backbone.conv3"]
+        assert rows["backbone.conv3"]["groups"] == str(expected_groups(run, epoch))
+        for layer in ROUTED:
+            for name in ("routing_entropy", "routing_balance", "routing_classes", "routing_dead"):
+                assert float(rows[layer][name]) == pytest.approx(expected[f"{name}/{layer}"], abs=1e-5)
+
+    def test_of_the_test_images(self, run: Path) -> None:
+        analyze(run, "--split", "test")
+        record = json.loads((run / "analysis" / "run.json").read_text())
+        assert record["metrics"]["routing_images"] == 360
+        assert record["metrics"]["test/top1"] == pytest.approx(
+            json.loads((run / "run.json").read_text())["metrics"]["test/top1"]
+        )
+
+    def test_the_page_needs_nothing_else(self, run: Path) -> None:
+        analyze(run)
+        page = Links((run / "analysis" / "index.html").read_text())
+        assert len(page.sources) == len(PICTURES)
+        assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+        text = " ".join(page.words)
+        assert {"backbone.conv2", "backbone.conv3", "backbone.conv4", "val/top1"} <= set(text.split())
+        assert "From input to output." in text
+
+    def test_group_counts_show_the_training(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn: dict[str, Any] = {}
+        monkeypatch.setattr(group_tracker, "log_figure", lambda trainer, tag, figure, step: drawn.update({tag: figure}))
+        analyze(run, "--ckpt_path", "last")
+        over_time = drawn["group_counts"].axes[0]
+        assert over_time.get_title() == "Groups over training"
+        assert over_time.collections[0].get_array().shape == (1, 3)  # the start and two epochs
+
+    def test_observers_of_the_configuration_are_used(self, run: Path) -> None:
+        config = changed("model/backbone", "tests.nets.Both")
+        config["trainer"]["callbacks"] = [
+            {"class_path": "ExpertExamples", "init_args": {"layers": ["*conv4"]}},
+            {"class_path": "RoutingReport", "init_args": {"max_images": 10}},
+        ]
+        main(["--config", str(write_config(Path(), config=config)), "--name", "both", "--observe", "false"])
+        assert not (run / "analysis" / "expert_examples-backbone.conv2.png").exists()
+        assert (run / "analysis" / "expert_examples-backbone.conv4.png").exists()
+        assert json.loads((run / "analysis" / "run.json").read_text())["metrics"]["routing_images"] == 10
+
+
+class TestWhere:
+    def test_nothing_is_overwritten(self, run: Path) -> None:
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+        for folder in ("analysis", "analysis-1"):
+            analyze(run)
+            assert (run / folder / "index.html").is_file()
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    def test_a_folder_of_your_choice(self, run: Path) -> None:
+        analyze(run, "--output", "a/b")
+        assert Path("a/b/index.html").is_file()
+        assert not (run / "analysis").exists()
+
+    def test_the_run_that_the_configuration_lies_in(self, run: Path) -> None:
+        """Not a newer one of the same name."""
+        newer = run.with_name("version_1")
+        shutil.copytree(run, newer)
+        analyze(run)
+        assert (run / "analysis").is_dir()
+        assert not (newer / "analysis").exists()
+
+    def test_a_checkpoint_elsewhere(self, run: Path) -> None:
+        shutil.copy(run / "checkpoints" / "last.ckpt", "mine.ckpt")
+        analyze(run, "--ckpt_path", "mine.ckpt")
+        assert Path("analysis/index.html").is_file()
+
+
+class NoTest(Digits):
+    def __init__(self) -> None:
+        super().__init__(image_size=16)
+        self.test_set = None
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--split", "train"], "--split train does not exist, choose one of val, test"),
+            (["--ckpt_path", "none.ckpt"], "--ckpt_path none.ckpt: there is no such file"),
+            (["--output", "runs"], "--output runs: it exists already, and nothing is overwritten"),
+            (["--model.conv_args", "{num_kernels: 5}"], "is of another model"),
+            (["--model.conv", "static"], "is of another model"),
+            (["--splt", "val"], "there is no key 'splt', did you mean 'split'"),
+        ],
+        ids=str,
+    )
+    def test_one_paragraph_and_nothing_left(
+        self, arguments: list[str], says: str, run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.refuses(capsys, says, "--config", str(run / "config.yaml"), *arguments)
+
+    def refuses(self, capsys: pytest.CaptureFixture[str], says: str, *arguments: str) -> None:
+        before = set(Path().rglob("*"))
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        assert stopped.value.code == 2
+        assert set(Path().rglob("*")) == before
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert says in line
+
+    def test_no_run_of_this_name(self, capsys: pytest.CaptureFixture[str]) -> None:
+        config = str(write_config(Path(), "other.yaml"))
+        self.refuses(capsys, "no run below runs/other has a checkpoint", "--config", config)
+
+    def test_no_test_split(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["--config", str(run / "config.yaml"), "--data", "tests.test_analyze.NoTest", "--split", "test"]
+        self.refuses(capsys, "--split test: the data (NoTest) have none, choose val", *arguments)
+
+    def test_nothing_to_show(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = {**SMALL, "model": {**SMALL["model"], "conv": "static"}}
+        config["trainer"] = {**SMALL["trainer"], "max_epochs": 1, "callbacks": []}
+        path = str(write_config(tmp_path, "plain.yaml", config))
+        train(["--config", path, "--trainer.limit_train_batches", "1"])
+        capsys.readouterr()
+        self.refuses(capsys, "there is nothing to show: the model has no layer that routes images", "--config", path)
