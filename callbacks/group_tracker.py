@@ -90,8 +90,8 @@ class GroupTracker(Callback):
         self._log_groups(pl_module, matrices)
         for (name, values), changed in zip(self._gates.items(), flips, strict=True):
             if values:
-                pl_module.log(f"group_flips/{name}", changed.sum().float())
-                pl_module.log_dict({f"gates/{name}/{key}": value for key, value in _values(values).items()})
+                gates = {f"gates/{name}/{key}": value for key, value in _values(values).items()}
+                pl_module.log_dict({f"group_flips/{name}": changed.sum().float(), **gates}, sync_dist=True)
         self._flips.zero_()
         self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
 
