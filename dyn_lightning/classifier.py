@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
@@ -127,8 +127,8 @@ class ImageClassifier(LightningModule):
             _try_backbone(backbone, (channels, image_size, image_size), num_classes)
         self._make_scheduler(self._make_optimizer())  # refuses wrong names and options now, not when training starts
         self.mix = _mixer(mixup, cutmix, num_classes)
-        self.val_metrics = _metrics(num_classes, "val/")
-        self.test_metrics = _metrics(num_classes, "test/")
+        self.val_metrics, self.val_loss = _metrics(num_classes, "val/"), MeanMetric()
+        self.test_metrics, self.test_loss = _metrics(num_classes, "test/"), MeanMetric()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the file of the initial weights: the checkpoint can be loaded without it."""
@@ -168,18 +168,20 @@ class ImageClassifier(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count a batch."""
-        self._evaluate(batch, self.val_metrics, "val/loss")
+        self.log("val/loss", self._evaluate(batch, self.val_metrics, self.val_loss))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count a batch."""
-        self._evaluate(batch, self.test_metrics, "test/loss")
+        self.log("test/loss", self._evaluate(batch, self.test_metrics, self.test_loss))
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, loss: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, loss: MeanMetric) -> MeanMetric:
         images, labels = batch
         logits = self(images)
         metrics.update(logits, labels)
-        self.log(loss, F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(images))
+        # Lightning's own mean over ranks is wrong where they have different numbers of images.
+        loss.update(F.cross_entropy(logits, labels), weight=len(images))
         self.log_dict(metrics, prog_bar=True, batch_size=len(images))
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule."""

@@ -12,8 +12,9 @@ import torch
 import yaml
 from pytorch_lightning import LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from dyn_lightning.data import Digits
 from dyn_lightning.fit import main
 from dyn_lightning.layers import CONVS
 from dyn_lightning.record import RunFolder
@@ -47,6 +48,15 @@ def events(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run), size_guidance={"histograms": 0, "scalars": 0}).Reload()
 
 
+def observed(run: Path) -> dict[str, dict[int, float]]:
+    """Give what the observers logged, by tag and step; each step must be there once."""
+    board = events(run)
+    tags = [tag for tag in board.Tags()["scalars"] if tag.startswith("routing_")]
+    found = {tag: board.Scalars(tag) for tag in tags}
+    assert all(len({event.step for event in curve}) == len(curve) for curve in found.values())
+    return {tag: {event.step: event.value for event in curve} for tag, curve in found.items()}
+
+
 class TestQuickstart:
     def test_learns_the_digits(self, tmp_path: Path) -> None:
         printed = succeeds(tmp_path, "--config", str(ROOT / "experiments" / "quickstart.yaml"))
@@ -59,6 +69,8 @@ class TestQuickstart:
         board = events(run)
         assert {"train/loss", "val/top1", "temperature"} <= set(board.Tags()["scalars"])
         assert "routing/backbone.layer1.0.conv1/3" in board.Tags()["histograms"]
+        assert {"routing_report/depth", "expert_examples/backbone.layer1.0.conv1"} <= set(board.Tags()["images"])
+        assert (run / "projector_config.pbtxt").is_file()
         assert [event.value for event in board.Scalars("temperature")][-1] == 1
 
 
@@ -143,6 +155,10 @@ class TestResume:
         assert (resumed / "metrics-1.csv").read_text() == before
         steps = [event.step for event in events(resumed).Scalars("train/loss")]
         assert steps == list(range(57))
+        ours, theirs = observed(resumed), observed(whole)
+        assert ours == theirs
+        assert {tuple(values) for values in ours.values()} == {(18, 37, 56)}
+        assert "routing_entropy/backbone.conv2" in ours
         assert not (folder / "runs" / name / "version_1").exists()
         assert {"config.yaml", "config-1.yaml", "run.json", "run-1.json"} <= {path.name for path in resumed.iterdir()}
 
@@ -173,6 +189,14 @@ class TestResume:
         assert record["steps"] == 76
 
 
+class OddDigits(Digits):
+    """Digits with 65 validation images: of two processes, the first has a batch of 32 more."""
+
+    def __init__(self, image_size: int = 16, batch_size: int = 64) -> None:
+        super().__init__(image_size, batch_size)
+        self.val_set = Subset(self.val_set, range(65))
+
+
 class TestDistributed:
     """Two processes with half the batch each do what one does."""
 
@@ -182,6 +206,7 @@ class TestDistributed:
         folder = tmp_path_factory.mktemp("ddp")
         config = copy.deepcopy(SMALL)
         config["trainer"]["callbacks"] += [{"class_path": "RoutingHistogram", "init_args": {"every_n_steps": 5}}]
+        config["data"]["class_path"] = "tests.test_fit.OddDigits"
         arguments = ["--config", str(write_config(folder, config=config)), "--trainer.max_epochs", "2"]
         succeeds(folder, *arguments, "--name", "one")
         two = ["--name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "32"]
@@ -210,6 +235,21 @@ class TestDistributed:
                 assert ours.step == theirs.step
                 assert ours.histogram_value.num == theirs.histogram_value.num == 64
                 assert ours.histogram_value.sum == pytest.approx(theirs.histogram_value.sum, abs=1e-4)
+
+    def test_routing_reports_are_equal(self, runs: Path) -> None:
+        one, two = observed(runs / "one" / "version_0"), observed(runs / "two" / "version_0")
+        assert one.keys() == two.keys()
+        assert one["routing_images"] == {18: 65, 37: 65}
+        for tag, values in one.items():
+            assert two[tag] == pytest.approx(values, abs=1e-3), tag
+
+    def test_pictures_are_written_once(self, runs: Path) -> None:
+        one, two = (EventAccumulator(str(runs / name / "version_0")).Reload() for name in ("one", "two"))
+        tags = one.Tags()["images"]
+        assert two.Tags()["images"] == tags
+        assert {"routing_report/classes", "expert_examples/backbone.conv2"} <= set(tags)
+        assert [[event.step for event in two.Images(tag)] for tag in tags] == [[37]] * len(tags)
+        assert len(list((runs / "two" / "version_0").glob("*/routing/tensors.tsv"))) == 1
 
     def test_the_final_weights_are_saved(self, runs: Path) -> None:
         assert checkpoint(runs / "two" / "version_0")["global_step"] == 38
