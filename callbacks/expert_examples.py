@@ -8,12 +8,14 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from dyn_lightning.analysis import figures
+from dyn_lightning.analysis.images import squared
 from dyn_lightning.analysis.statistics import shares
 from dyn_lightning.callbacks.batches import class_names
 from dyn_lightning.callbacks.pictures import log_figure, step_of
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.checks import check_count
 
+MOST = 24  # images in a row
 LAYERS = 3  # where the user names none: the first, one in the middle, the last
 
 
@@ -33,7 +35,7 @@ class ExpertExamples(RoutingObserver):
         every_n_evaluations: draw after every so many evaluations instead, whatever it takes.
 
     Raises:
-        ValueError: a count below 1, an unknown split, or a glob that matches no routed layer.
+        ValueError: a count below 1, more than 24 images a kernel, an unknown split, or a glob that matches no layer.
     """
 
     def __init__(
@@ -46,6 +48,10 @@ class ExpertExamples(RoutingObserver):
         every_n_evaluations: int | None = None,
     ) -> None:
         check_count("images_per_expert", images_per_expert)
+        if images_per_expert > MOST:
+            raise ValueError(
+                f"images_per_expert={images_per_expert} must be at most {MOST}, or nobody can read the figure"
+            )
         check_count("side", side)
         super().__init__(max_images, split, every_n_evaluations, side, layers)
         self.images_per_expert = images_per_expert
@@ -63,7 +69,7 @@ class ExpertExamples(RoutingObserver):
         for layer in layers:
             best, rows = largest_shares(seen.weights[layer], self.images_per_expert)
             labels = torch.full_like(rows, -1) if seen.labels is None else seen.labels[rows]
-            figure = figures.examples(layer, seen.images[rows], best, labels, class_names(trainer))
+            figure = figures.examples(layer, squared(seen.images[rows]), best, labels, class_names(trainer))
             log_figure(trainer, f"expert_examples/{layer}", figure, step)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning import LightningModule, Trainer
 
+from dyn_lightning.analysis.images import squared
 from dyn_lightning.callbacks.batches import class_names
 from dyn_lightning.callbacks.pictures import step_of, writers
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
@@ -55,15 +55,11 @@ class RoutingProjector(RoutingObserver):
         if not len(rows):
             return
         labels = None if seen.labels is None else _metadata(seen.labels[rows].tolist(), class_names(trainer))
-        images = None
-        if seen.images is not None:
-            height, width = seen.images.shape[2:]
-            side = max(height, width)  # the projector takes square ones
-            images = F.pad(seen.images[rows].float() / 255, (0, side - width, 0, side - height), value=1.0)
+        images = None if seen.images is None else squared(seen.images[rows]).float() / 255
         for writer in writers(trainer):
             writer.add_embedding(points[rows], labels, images, global_step=step, tag="routing")
 
 
 def _metadata(labels: list[int], names: Sequence[str]) -> list[str]:
     """Name each point; tabs and line ends would break the file."""
-    return [" ".join(names[label].split()) if names else str(label) for label in labels]
+    return [" ".join(names[label].split()) if label < len(names) else str(label) for label in labels]

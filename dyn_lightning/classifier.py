@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
@@ -24,6 +24,30 @@ from dyn_lightning.layers import CONVS
 from dyn_lightning.models.backbone import UnknownNameError, build_backbone, first_conv, import_object
 from dyn_lightning.protocols import Annealed, Grouped
 from dyn_lightning.routing import named_routers
+
+
+class MeanLoss(Metric):
+    """The mean of a loss over all images of all ranks; a loss that is NaN makes it NaN.
+
+    Lightning's own mean is wrong where ranks have different numbers of images, torchmetrics' leaves NaN out.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: int) -> None:
+        """Add the mean loss of ``count`` images."""
+        self.total += loss * count
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Give the mean."""
+        return self.total / self.count
 
 
 class ImageClassifier(LightningModule):
@@ -127,8 +151,8 @@ class ImageClassifier(LightningModule):
             _try_backbone(backbone, (channels, image_size, image_size), num_classes)
         self._make_scheduler(self._make_optimizer())  # refuses wrong names and options now, not when training starts
         self.mix = _mixer(mixup, cutmix, num_classes)
-        self.val_metrics, self.val_loss = _metrics(num_classes, "val/"), MeanMetric()
-        self.test_metrics, self.test_loss = _metrics(num_classes, "test/"), MeanMetric()
+        self.val_metrics, self.val_loss = _metrics(num_classes, "val/"), MeanLoss()
+        self.test_metrics, self.test_loss = _metrics(num_classes, "test/"), MeanLoss()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the file of the initial weights: the checkpoint can be loaded without it."""
@@ -174,12 +198,11 @@ class ImageClassifier(LightningModule):
         """Count a batch."""
         self.log("test/loss", self._evaluate(batch, self.test_metrics, self.test_loss))
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, loss: MeanMetric) -> MeanMetric:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, loss: MeanLoss) -> MeanLoss:
         images, labels = batch
         logits = self(images)
         metrics.update(logits, labels)
-        # Lightning's own mean over ranks is wrong where they have different numbers of images.
-        loss.update(F.cross_entropy(logits, labels), weight=len(images))
+        loss.update(F.cross_entropy(logits, labels), len(images))
         self.log_dict(metrics, prog_bar=True, batch_size=len(images))
         return loss
 

@@ -16,6 +16,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from dyn_lightning.callbacks import TemperatureAnnealing
 from dyn_lightning.classifier import (
     ImageClassifier,
+    MeanLoss,
     group_complexity,
     over_budget,
     parameter_groups,
@@ -660,3 +661,17 @@ class TestRandomNumbers:
         drawn = self.drawn()
         assert all(first != second for first, second in pairwise(drawn))
         assert drawn != self.drawn()
+
+
+class TestMeanLoss:
+    def test_weighs_batches_by_their_images(self) -> None:
+        mean = MeanLoss()
+        for loss, count in ((1.0, 3), (4.0, 1), (0.5, 2)):
+            mean.update(torch.tensor(loss), count)
+        assert mean.compute().item() == pytest.approx((3 * 1.0 + 4.0 + 2 * 0.5) / 6)
+
+    def test_nan_is_not_hidden(self) -> None:
+        mean = MeanLoss()
+        mean.update(torch.tensor(1.0), 2)
+        mean.update(torch.tensor(float("nan")), 2)
+        assert mean.compute().isnan()

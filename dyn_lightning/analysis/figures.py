@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm
@@ -19,6 +20,7 @@ from dyn_lightning.analysis.statistics import LayerStatistics
 
 # What stays readable: of more layers only some are named, more classes and kernels than these are left out.
 NAMED_LAYERS, CLASSES, KERNELS, PANELS = 40, 30, 64, 6
+PREFIX = 28  # letters of the modules that all layers are in
 ROWS_OF_EXAMPLES = 16
 SIDE_OF_MEMBERSHIP = 512
 
@@ -44,7 +46,7 @@ def depth(layers: Layers) -> Figure:
         axes.set(ylim=(-0.05, 1.05), ylabel=title)
         axes.grid(alpha=0.3)
         if all(map(math.isnan, values)):
-            axes.text(0.5, 0.5, "not known: there are no labels", ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "nothing to measure", ha="center", transform=axes.transAxes)
     panels[0].set_title("Routing against depth")
     _draw_load(last, list(layers.values()), shown)
     _name_layers(last, list(layers))
@@ -62,7 +64,7 @@ def _draw_load(axes: Axes, layers: list[LayerStatistics], shown: int) -> None:
     image = _heat_map(axes, table, 2 - highest, highest, "RdBu_r")  # white is an equal share
     axes.figure.colorbar(image, ax=axes, label="share x K\n1: equal, x: dead").ax.set_ylim(0)
     axes.set_ylabel(f"kernel, {shown} of {most}" if shown < most else "kernel")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
@@ -72,36 +74,37 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     total = len(means[0])
     differs = torch.stack([(mean - mean.nanmean(0)).square().sum(1).nan_to_num() for mean in means]).sum(0)
     kept = differs.argsort(descending=True)[:CLASSES].sort().values
-    kernels = [min(KERNELS, mean.shape[1]) for mean in means]
-    table = torch.cat([mean[kept, :count] for mean, count in zip(means, kernels, strict=True)], dim=1)
-    figure = Figure(figsize=(2.2 + 1.5 * len(names), 2.4 + 0.2 * len(kept)), layout="constrained")
+    shown = [mean[kept, :KERNELS].float().numpy() for mean in means]
+    figure = Figure(figsize=(3 + 1.5 * len(names), 2.4 + 0.2 * len(kept)), layout="constrained")
     axes = figure.subplots()
-    known = table.nan_to_num()
-    image = _heat_map(axes, table, min(0.0, known.min().item()), known.max().item())
+    axes.set_facecolor("lightgrey")  # classes without images
+    # Each layer has the same width, whatever its number of kernels.
+    edges = [place + np.linspace(0, 1, mean.shape[1] + 1)[:-1] for place, mean in enumerate(shown)]
+    columns, rows = np.concatenate([*edges, [len(names)]]), np.arange(len(kept) + 1) - 0.5
+    table = np.concatenate(shown, axis=1)
+    low, high = min(0.0, np.nan_to_num(table).min()), np.nan_to_num(table).max()
+    image = axes.pcolormesh(columns, rows, np.ma.masked_invalid(table), vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="mean routing weight")
-    ends = list(itertools.accumulate(kernels))
-    for end in ends[:-1]:
-        axes.axvline(end - 0.5, color="white", linewidth=5)
+    for place in range(1, len(names)):
+        axes.axvline(place, color="white", linewidth=3)
     prefix, short = _shortened(names)
     titles = [
-        f"{name}\n{count} of {layers[full].load.numel()} kernels" if count < layers[full].load.numel() else name
-        for full, name, count in zip(names, short, kernels, strict=True)
+        name if layers[full].load.numel() <= KERNELS else f"{name}\n{KERNELS} of {layers[full].load.numel()} kernels"
+        for full, name in zip(names, short, strict=True)
     ]
-    axes.set_xticks([end - (count + 1) / 2 for end, count in zip(ends, kernels, strict=True)], titles, fontsize=8)
-    where = f" of {prefix}" if prefix else ""
-    axes.set_xlabel(f"layer{where}, and in each its kernels", fontsize=9)
-    labels = [class_names[index] if class_names else str(index) for index in kept.tolist()]
-    axes.set_yticks(range(len(kept)), [_ending(label, 24) for label in labels], fontsize=8)
-    axes.set_ylabel("class")
+    axes.set_xticks([place + 0.5 for place in range(len(names))], titles, fontsize=8)
+    axes.set_xlabel(f"layer{f' of {_ending(prefix, PREFIX)}' if prefix else ''}, and in each its kernels", fontsize=9)
+    axes.set_yticks(range(len(kept)), [_class_name(class_names, index, 24) for index in kept.tolist()], fontsize=8)
+    axes.set(ylabel="class", ylim=(len(kept) - 0.5, -0.5))
     axes.tick_params(length=0)
-    some = f": the {len(kept)} of {total} classes that differ most" if len(kept) < total else ""
+    some = f"\nthe {len(kept)} of {total} classes that differ most" if len(kept) < total else ""
     axes.set_title(f"Mean routing weights by class{some}", fontsize=11)
     return figure
 
 
 def similarity(matrix: Tensor, names: Sequence[str]) -> Figure:
     """Draw how alike the layers route images (``statistics.similarity``)."""
-    side = 3 + min(6.0, 0.25 * len(names))
+    side = 4 + min(5.0, 0.25 * len(names))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(_heat_map(axes, matrix, 0, 1), ax=axes, label="linear CKA")
@@ -118,38 +121,43 @@ def examples(title: str, images: Tensor, shares: Tensor, labels: Tensor, class_n
 
     Args:
         title: above the figure.
-        images: ``(K, k, 3, h, w)``, bytes.
+        images: ``(K, k, 3, side, side)``, bytes.
         shares: ``(K, k)``, the kernel's share of each image's routing weights; NaN where there is no image.
         labels: ``(K, k)``, -1 where it is not known.
         class_names: names of the classes, or empty.
     """
-    kernels, count, _, height, width = images.shape
+    kernels, count, _, side, _ = images.shape
     shown = min(ROWS_OF_EXAMPLES, kernels)
-    gap = max(3, height // 4)  # below each image, for the name of its class
-    canvas = np.full((shown * (height + gap), count * (width + 2), 3), 255, dtype=np.uint8)
-    inches = (0.75 * count, 0.75 * shown * (height + gap) / (width + 2))
-    size = (inches[0] + 0.7, inches[1] + 0.6)
+    cell = round(1.4 * side)  # below each image there are two lines of text
+    canvas = np.full((shown * cell, count * (side + 2), 3), 255, dtype=np.uint8)
+    inches = (0.75 * count, 0.75 * shown * cell / (side + 2))
+    size = (max(4.0, inches[0] + 0.7), inches[1] + 0.8)
     figure = Figure(figsize=size)
     axes = figure.add_axes((0.6 / size[0], 0.05 / size[1], inches[0] / size[0], inches[1] / size[1]))
     for row in range(shown):
         for column in range(count):
-            top, left = row * (height + gap), column * (width + 2)
+            top, left = row * cell, column * (side + 2)
             if shares[row, column].isnan():
                 continue
-            canvas[top : top + height, left : left + width] = images[row, column].permute(1, 2, 0).numpy()
+            canvas[top : top + side, left : left + side] = images[row, column].permute(1, 2, 0).numpy()
             label = int(labels[row, column])
-            name = "" if label < 0 else _ending(class_names[label], 12) if class_names else str(label)
-            place = (left + width / 2, top + height + gap / 2)
-            axes.text(*place, f"{name} ({shares[row, column]:.2f})".lstrip(), ha="center", va="center", fontsize=6)
-    axes.imshow(canvas, interpolation="nearest")
-    axes.set_yticks(
-        [row * (height + gap) + height / 2 for row in range(shown)], [str(row) for row in range(shown)], fontsize=8
-    )
+            name = "" if label < 0 else _class_name(class_names, label, 10)
+            axes.text(
+                left + side / 2,
+                top + side,
+                f"{name}\n{shares[row, column]:.2f}".strip(),
+                ha="center",
+                va="top",
+                fontsize=7,
+            )
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_yticks([row * cell + side / 2 for row in range(shown)], [str(row) for row in range(shown)], fontsize=8)
     axes.set(xticks=[], ylabel="kernel")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    some = f", {shown} of {kernels} kernels" if shown < kernels else ""
-    axes.set_title(f"{title}{some}\nclass (the kernel's share of the routing weights)", fontsize=9)
+    some = f"\n{shown} of {kernels} kernels" if shown < kernels else ""
+    text = f"{_ending(title, 32)}{some}\nclass and the kernel's share of the weights"
+    figure.text(0.1 / size[0], 1 - 0.05 / size[1], text, ha="left", va="top", fontsize=9)
     return figure
 
 
@@ -165,13 +173,13 @@ def group_counts(history: Mapping[str, Sequence[int]], epochs: Sequence[int], mo
     figure = Figure(figsize=(4.5 if len(epochs) == 1 else 9, _height(len(history))), layout="constrained")
     *over_time, at_end = figure.subplots(1, min(2, len(epochs)), sharey=True, squeeze=False)[0]
     for axes in over_time:
-        highest = max(1, math.ceil(math.log2(int(table.max()))))
+        highest = max(1, math.ceil(math.log2(max(1, int(table.max())))))
         edges = [epochs[0] - 0.5, *((a + b) / 2 for a, b in itertools.pairwise(epochs)), epochs[-1] + 0.5]
         levels = BoundaryNorm([2 ** (power - 0.5) for power in range(highest + 2)], 256)
         shown = axes.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table.numpy(), norm=levels)
         bar = figure.colorbar(shown, ax=axes, label="groups")
         bar.set_ticks([2**power for power in range(highest + 1)], labels=[str(2**p) for p in range(highest + 1)])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set(xlabel="epoch", title="Groups over training")
     rows = range(len(table))
     at_end.barh(rows, [most[name] for name in history], color="lightgrey", label="as many as are possible")
@@ -196,17 +204,17 @@ def membership(name: str, matrix: Tensor) -> Figure:
         matrix: binary ``(C_out, C_in)``; larger ones are averaged, so that grey is partly connected.
     """
     outputs, inputs = matrix.shape
-    step = math.ceil(max(matrix.shape) / SIDE_OF_MEMBERSHIP)
-    small = torch.nn.functional.avg_pool2d(matrix[None].float(), step, ceil_mode=True)[0] if step > 1 else matrix
-    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    steps = [math.ceil(length / SIDE_OF_MEMBERSHIP) for length in matrix.shape]
+    small = F.avg_pool2d(matrix.detach().float()[None], steps, ceil_mode=True)[0]
+    figure = Figure(figsize=(4.6, 4.8), layout="constrained")
     axes = figure.subplots()
     extent = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
     axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent)
     axes.set(xlabel="channel of the input", ylabel="channel of the output")
-    some = f"\naveraged over {step}x{step} channels" if step > 1 else ""
-    axes.set_title(f"{_ending(name, 40)}: black is connected{some}", fontsize=9)
+    some = f", averaged over {steps[0]}x{steps[1]} channels" if max(steps) > 1 else ""
+    axes.set_title(f"{_ending(name, 32)}\nblack is connected{some}", fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6))
     return figure
 
 
@@ -224,6 +232,7 @@ def spread(items: list[Any], count: int) -> list[Any]:
         >>> spread(list("abcdefg"), 3)
         ['a', 'd', 'g']
     """
+    assert count > 1
     if len(items) <= count:
         return items
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
@@ -245,17 +254,24 @@ def _named(names: Sequence[str]) -> tuple[int, list[str], str]:
     """Say how many layers there are for each that is named, the short names of these, and what all are."""
     every = math.ceil(len(names) / NAMED_LAYERS)
     prefix, short = _shortened(names)
-    where, some = f" of {prefix}" if prefix else "", f", one of {every} is named" if every > 1 else ""
-    return every, short[::every], f"layer{where}, from input to output{some}"
+    where, some = f" of {_ending(prefix, PREFIX)}" if prefix else "", f", one of {every} is named" if every > 1 else ""
+    return every, short[::every], f"layer{where}\nfrom input to output{some}"
 
 
 def _shortened(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Take off the modules that all names have in common, and the beginnings of long ones."""
+    """Take off the modules that all names have in common, and the beginnings of long ones; number them if need be."""
     paths = [name.split(".") for name in names]
     common = 0
     while len(paths) > 1 and all(len(path) > common + 1 and path[common] == paths[0][common] for path in paths):
         common += 1
-    return ".".join(paths[0][:common]), [_ending(".".join(path[common:])) for path in paths]
+    short = [_ending(".".join(path[common:])) for path in paths]
+    if len(set(short)) < len(short):
+        short = [f"{number} {name}" for number, name in enumerate(short)]
+    return ".".join(paths[0][:common]), short
+
+
+def _class_name(names: Sequence[str], label: int, length: int) -> str:
+    return _ending(names[label], length) if label < len(names) else str(label)
 
 
 def _ending(name: str, length: int = 20) -> str:
@@ -267,4 +283,4 @@ def _width(layers: int) -> float:
 
 
 def _height(layers: int) -> float:
-    return 2.5 + min(8.0, 0.2 * layers)
+    return 3.5 + min(7.0, 0.2 * layers)

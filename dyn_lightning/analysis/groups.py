@@ -33,8 +33,8 @@ def gates(layer: Grouped) -> list[nn.Parameter]:
     assert isinstance(layer, nn.Module)
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        membership = layer.membership()
-    if not membership.requires_grad or not parameters:
+        total = layer.membership().sum()
+    if not total.requires_grad or not parameters:
         return []
-    found = torch.autograd.grad(membership.sum(), parameters, allow_unused=True)
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
     return [parameter for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None]

@@ -30,7 +30,9 @@ def thumbnails(
         shift, scale = (torch.as_tensor(value).to(images).reshape(-1, 1, 1) for value in (mean, std))
         images = images * scale + shift
     else:
-        least, most = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        finite = images.isfinite()
+        least = images.where(finite, torch.inf).amin((1, 2, 3), keepdim=True)
+        most = images.where(finite, -torch.inf).amax((1, 2, 3), keepdim=True)
         images = (images - least) / (most - least).clamp(min=1e-12)
     if images.shape[1] != 3:
         images = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
@@ -39,3 +41,10 @@ def thumbnails(
         size = [max(1, round(length * part)) for length in images.shape[2:]]
         images = F.interpolate(images, size, mode="area")
     return (images.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def squared(images: Tensor) -> Tensor:
+    """Fill images ``(..., h, w)``, bytes, up to squares with white on the right or below."""
+    height, width = images.shape[-2:]
+    side = max(height, width)
+    return F.pad(images, (0, side - width, 0, side - height), value=255)

@@ -111,7 +111,7 @@ class TestFigures:
     def test_values(self, tmp_path: Path, drawn: dict[str, Figure]) -> None:
         weights = [softmax_rows(8, 3), softmax_rows(8, 2)]
         train(routed(3, 2), data(*weights), tmp_path, RoutingReport())
-        shown = drawn["routing_report/classes"].axes[0].images[0].get_array()
+        shown = drawn["routing_report/classes"].axes[0].collections[0].get_array()
         means = [torch.stack([each[label::4].mean(0) for label in range(4)]) for each in weights]
         np.testing.assert_allclose(shown, torch.cat(means, dim=1).numpy(), atol=1e-6)
 
@@ -202,7 +202,7 @@ class TestWhatIsMissing:
         rows.val_set = pairs
         trainer = train(model, rows, tmp_path, RoutingReport(), ExpertExamples())
         assert set(pictures(trainer)) == {"routing_report/depth", "expert_examples/layer"}
-        assert "there are no labels" in texts(drawn["routing_report/depth"])
+        assert "nothing to measure" in texts(drawn["routing_report/depth"])
         assert "routing_classes/layer" not in scalars(trainer)
         assert scalars(trainer)["routing_images"] == {3: 5}
 
