@@ -131,7 +131,8 @@ def examples(title: str, images: Tensor, shares: Tensor, labels: Tensor, class_n
     cell = round(1.4 * side)  # below each image there are two lines of text
     canvas = np.full((shown * cell, count * (side + 2), 3), 255, dtype=np.uint8)
     inches = (0.75 * count, 0.75 * shown * cell / (side + 2))
-    size = (max(4.0, inches[0] + 0.7), inches[1] + 0.8)
+    some = f"\n{shown} of {kernels} kernels" if shown < kernels else ""
+    size = (max(4.0, inches[0] + 0.7), inches[1] + (0.7 if some else 0.5))
     figure = Figure(figsize=size)
     axes = figure.add_axes((0.6 / size[0], 0.05 / size[1], inches[0] / size[0], inches[1] / size[1]))
     for row in range(shown):
@@ -155,7 +156,6 @@ def examples(title: str, images: Tensor, shares: Tensor, labels: Tensor, class_n
     axes.set(xticks=[], ylabel="kernel")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    some = f"\n{shown} of {kernels} kernels" if shown < kernels else ""
     text = f"{_ending(title, 32)}{some}\nclass and the kernel's share of the weights"
     figure.text(0.1 / size[0], 1 - 0.05 / size[1], text, ha="left", va="top", fontsize=9)
     return figure
