@@ -58,8 +58,11 @@ class Pictures:
         draw, self._draw = self._draw, None
         if draw is not None:
             start = time.monotonic()
-            with _no_collection():
-                draw()
+            try:
+                with _no_collection():
+                    draw()
+            except Exception as error:  # a picture is not worth a training
+                rank_zero_warn(f"a picture could not be drawn: {type(error).__name__}: {error}")
             self._takes = time.monotonic() - start
             self._spent += self._takes
 
