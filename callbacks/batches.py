@@ -1,53 +1,100 @@
-"""Reads batches and loaders of whatever form."""
+"""Reads batches, loaders and data modules of whatever form."""
 
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
+import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
+
+LABELS = ("label", "labels", "target", "targets", "class", "y")  # how data sets call them
+MOST_CLASSES = 100_000  # larger numbers are not classes, but say numbers of images
 
 
 def images_and_labels(batch: Any, size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Find the images and their classes in a batch of whatever form."""
-    tensors = [tensor for tensor in _tensors(batch) if len(tensor) == size]
-    images = [tensor for tensor in tensors if tensor.dim() == 4 and tensor.is_floating_point()]
-    labels = [tensor for tensor in tensors if tensor.dim() == 1 and not tensor.is_floating_point()]
-    return (images[0] if images else None), (labels[0].long() if labels else None)
+    """Find the images (B, C, H, W) and their classes (B,), which are negative where nobody knows, in a batch."""
+    named = [(name, tensor) for name, tensor in _tensors(batch) if len(tensor) == size]
+    images = [each for _, each in named if each.dim() == 4 and (each.is_floating_point() or each.dtype == torch.uint8)]
+    labels = [each for each in named if each[1].dim() == 1 and _whole(each[1])]
+    labels.sort(key=lambda each: each[0].lower() not in LABELS)  # stable: else the first
+    classes = labels[0][1].long() if labels else None
+    if classes is not None and size and classes.max() >= MOST_CLASSES:
+        classes = None
+    return (images[0] if images else None), classes
 
 
 def batch_size(batch: Any, weights: dict[str, Tensor]) -> int:
     """Count the images of a batch: they are its first tensor, or as many as most layers have rows."""
-    tensors = _tensors(batch)
+    tensors = [tensor for _, tensor in _tensors(batch)]
     rows = [len(value) for value in weights.values()]
     return len(tensors[0]) if tensors else max(rows, key=rows.count)
 
 
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch] if batch.dim() else []
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else []
-    return [tensor for part in parts for tensor in _tensors(part)]
-
-
 def loader_length(loaders: Any, batches: Sequence[float] | float) -> float:
     """Say how many images the first loader gives at most; infinite if nobody knows."""
-    loader = first_loader(loaders)
+    loader = _first(loaders)
     count = batches[0] if isinstance(batches, Sequence) else batches
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     at_most = count * size if size else math.inf
-    sampler = getattr(loader, "sampler", None)
+    sampler = _sampler(loader)
     return min(at_most, len(sampler)) if isinstance(sampler, Sized) else at_most
 
 
-def first_loader(loaders: Any) -> DataLoader | None:
+def not_repeated(loaders: Any, places: Tensor) -> Tensor:
+    """Say which of the images that this rank's first loader gives no other rank gives too.
+
+    Args:
+        loaders: one or several loaders.
+        places: numbers of images in the loader's order.
+    """
+    sampler = _sampler(_first(loaders))
+    if not isinstance(sampler, DistributedSampler):
+        return torch.ones_like(places, dtype=torch.bool)
+    # It gives the first images once more at its end, so that all ranks have as many.
+    return places * sampler.num_replicas + sampler.rank < len(sampler.dataset)  # type: ignore[arg-type]
+
+
+def class_names(trainer: Trainer) -> tuple[str, ...]:
+    """Give the names of the data's classes, or nothing."""
+    return tuple(map(str, getattr(trainer.datamodule, "class_names", None) or ()))  # type: ignore[attr-defined]
+
+
+def normalization(trainer: Trainer, channels: int) -> tuple[Any, Any]:
+    """Give the mean and standard deviation that the data's pixels were normalised by, or None twice."""
+    found = [getattr(trainer.datamodule, name, None) for name in ("mean", "std")]  # type: ignore[attr-defined]
+    for value in found:
+        numbers = value if isinstance(value, (list, tuple, Tensor)) else [value]
+        if len(numbers) not in (1, channels) or not all(isinstance(each, (int, float, Tensor)) for each in numbers):
+            return None, None
+    return found[0], found[1]
+
+
+def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of a batch, and the names of those that are in a dictionary."""
+    if isinstance(batch, Tensor):
+        if batch.dim():
+            yield name, batch
+    elif isinstance(batch, dict):
+        for key, part in batch.items():
+            yield from _tensors(part, str(key))
+    elif isinstance(batch, (list, tuple)):
+        for part in batch:
+            yield from _tensors(part, name)
+
+
+def _whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _first(loaders: Any) -> DataLoader | None:
     """Find the first of one or several loaders."""
     while isinstance(loaders, (list, tuple, dict)):
         loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
     return loaders
 
 
-def class_names(trainer: Trainer) -> Sequence[str]:
-    """Give the names of the data's classes, or nothing."""
-    return getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
+def _sampler(loader: Any) -> Any:
+    """Find what gives a loader its images, which may be inside of what makes the batches."""
+    return getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)

@@ -4,14 +4,12 @@ from functools import partial
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from dyn_lightning.analysis import figures
-from dyn_lightning.analysis.images import squared
 from dyn_lightning.analysis.statistics import shares
 from dyn_lightning.callbacks.batches import class_names
-from dyn_lightning.callbacks.pictures import log_figure, step_of
+from dyn_lightning.callbacks.pictures import log_figure, say_once, step_of, takes_pictures
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.checks import check_count
 
@@ -56,10 +54,14 @@ class ExpertExamples(RoutingObserver):
         super().__init__(max_images, split, every_n_evaluations, side, layers)
         self.images_per_expert = images_per_expert
 
+    def wanted(self, trainer: Trainer) -> bool:
+        """Say whether a logger takes pictures."""
+        return takes_pictures(trainer)
+
     def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
         """Draw if it is time."""
         if seen.images is None:
-            rank_zero_warn("ExpertExamples draws nothing: the batches have no images (B, C, H, W)")
+            say_once(trainer, "ExpertExamples draws nothing: the batches have no images (B, C, H, W)")
             return
         names = list(seen.weights) if self.layers else figures.spread(list(seen.weights), LAYERS)
         self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), names, seen))
@@ -69,8 +71,8 @@ class ExpertExamples(RoutingObserver):
         for layer in layers:
             best, rows = largest_shares(seen.weights[layer], self.images_per_expert)
             labels = torch.full_like(rows, -1) if seen.labels is None else seen.labels[rows]
-            figure = figures.examples(layer, squared(seen.images[rows]), best, labels, class_names(trainer))
-            log_figure(trainer, f"expert_examples/{layer}", figure, step)
+            draw = partial(figures.examples, layer, seen.images[rows], best, labels, class_names(trainer))
+            log_figure(trainer, f"expert_examples/{layer}", draw, step)
 
 
 def largest_shares(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:

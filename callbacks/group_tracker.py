@@ -1,18 +1,18 @@
 """How the groups of channels change while layers learn them, as in DGConv's paper (arXiv 1908.05867)."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dyn_lightning.analysis import figures
 from dyn_lightning.analysis.groups import count_groups, gates
-from dyn_lightning.callbacks.pictures import Pictures, log_figure, step_of, warn_without_pictures
+from dyn_lightning.callbacks.pictures import Pictures, log_figure, say_once, say_without_pictures, step_of
 from dyn_lightning.checks import check_count
 from dyn_lightning.protocols import Grouped, named_layers
 
@@ -31,15 +31,17 @@ class GroupTracker(Callback):
     before it as often as takes at most 0.5 % of the time. Outside of a training there is nothing of gates.
 
     Args:
+        layers: globs over the names of the layers whose membership is drawn; None takes six, from all depths.
         every_n_epochs: draw after every so many epochs instead, whatever it takes.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1; when a training starts, a glob that matches no such layer.
     """
 
-    def __init__(self, every_n_epochs: int | None = None) -> None:
+    def __init__(self, layers: list[str] | None = None, every_n_epochs: int | None = None) -> None:
         if every_n_epochs is not None:
             check_count("every_n_epochs", every_n_epochs)
+        self.layers = layers
         self.pictures = Pictures(every_n_epochs)
         self._epochs: list[int] = []  # that are complete; 0 is the start
         self._counts: dict[str, list[int]] = {}  # groups after each of them
@@ -58,20 +60,28 @@ class GroupTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once if there are no layers to follow, or nowhere to draw."""
         self.pictures.begin()
-        if not dict(named_layers(pl_module, Grouped)):
-            rank_zero_warn("GroupTracker found no layer that learns its groups (membership()) in the model")
-        warn_without_pictures(trainer)
+        names = [name for name, _ in named_layers(pl_module, Grouped)]
+        for glob in self.layers or []:
+            if names and not any(fnmatchcase(name, glob) for name in names):
+                raise ValueError(
+                    f"layers={glob!r} matches no layer that learns its groups; there are {', '.join(names)}"
+                )
+        if not names:
+            say_once(trainer, "GroupTracker found no layer that learns its groups (membership()) in the model")
+        say_without_pictures(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on after a resume."""
         self._gates = {name: gates(layer) for name, layer in named_layers(pl_module, Grouped)}
         self._open = self._signs()
+        if trainer.global_step == 0 or self._counts.keys() != self._gates.keys():  # another training's
+            self._epochs, self._counts = [], {name: [] for name in self._gates}
         self._epochs = [epoch for epoch in self._epochs if epoch <= trainer.current_epoch]
-        self._counts = {name: self._counts.get(name, [])[: len(self._epochs)] for name in self._gates}
+        self._counts = {name: counts[: len(self._epochs)] for name, counts in self._counts.items()}
         same = self._flips.shape == self._open.shape and self._epochs
         self._flips = (self._flips if same else torch.zeros_like(self._open, dtype=torch.long)).to(self._open.device)
         if not self._epochs:
-            self._note(0, _memberships(pl_module))
+            self._note(trainer.current_epoch, _memberships(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,10 +103,15 @@ class GroupTracker(Callback):
                 gates = {f"gates/{name}/{key}": value for key, value in _values(values).items()}
                 pl_module.log_dict({f"group_flips/{name}": changed.sum().float(), **gates}, sync_dist=True)
         self._flips.zero_()
-        self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
+        step = step_of(trainer) - 1  # as Lightning counts at the end of an epoch
+        self.pictures.offer(trainer, partial(self._draw, trainer, pl_module, step, matrices))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last epoch."""
+        self.pictures.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draw the last complete epoch."""
         self.pictures.end()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,13 +133,13 @@ class GroupTracker(Callback):
             # The best checkpoint is saved before its epoch is noted.
             self._note(self._epochs[-1] + 1 if self._epochs else 0, matrices)
         self._log_groups(pl_module, matrices)
-        self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), matrices))
+        self.pictures.offer(trainer, partial(self._draw, trainer, pl_module, step_of(trainer), matrices))
 
     def _log_groups(self, pl_module: LightningModule, matrices: dict[str, Tensor]) -> None:
         ones = {name: float(matrix.count_nonzero()) for name, matrix in matrices.items()}
         values = {f"groups/{name}": float(counts[-1]) for name, counts in self._counts.items()}
         values |= {f"group_connections/{name}": count for name, count in ones.items()}
-        values["groups_connected"] = sum(ones.values()) / sum(matrix.numel() for matrix in matrices.values())
+        values["groups_connected"] = _connected(matrices)
         pl_module.log_dict(values, sync_dist=True)  # the same on every rank, so their mean is the value
 
     def _note(self, epoch: int, matrices: Mapping[str, Tensor]) -> None:
@@ -132,20 +147,34 @@ class GroupTracker(Callback):
         for name, matrix in matrices.items():
             self._counts[name].append(count_groups(matrix))
 
-    def _draw(self, trainer: Trainer, step: int, matrices: dict[str, Tensor]) -> None:
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, step: int, matrices: dict[str, Tensor]) -> None:
         most = {name: min(matrix.shape) for name, matrix in matrices.items()}
-        log_figure(trainer, "group_counts", figures.group_counts(self._counts, self._epochs, most), step)
-        for name in figures.spread(list(matrices), LAYERS):
-            log_figure(trainer, f"group_membership/{name}", figures.membership(name, matrices[name].cpu()), step)
+        title = f"{_connected(matrices):.1%} of all pairs of channels are connected"
+        if divisor := pl_module.hparams.get("group_budget"):
+            title += f"; the budget is {1 / divisor:.1%}"
+        draw = partial(figures.group_counts, self._counts, self._epochs, most, title)
+        log_figure(trainer, "group_counts", draw, step)
+        shown = [name for name in matrices if self._wants(name)]
+        for name in shown if self.layers else figures.spread(shown, LAYERS):
+            log_figure(trainer, f"group_membership/{name}", partial(figures.membership, name, matrices[name]), step)
+
+    def _wants(self, layer: str) -> bool:
+        return self.layers is None or any(fnmatchcase(layer, glob) for glob in self.layers)
 
     def _signs(self) -> Tensor:
         values = [gate.detach().flatten() for layer in self._gates.values() for gate in layer]
         return torch.cat(values) >= 0 if values else torch.zeros(0, dtype=torch.bool)
 
 
+def _connected(matrices: Mapping[str, Tensor]) -> float:
+    """Give the part of all pairs of channels that is connected."""
+    ones = sum(int(matrix.count_nonzero()) for matrix in matrices.values())
+    return ones / sum(matrix.numel() for matrix in matrices.values())
+
+
 def _memberships(model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
-        return {name: layer.membership().detach() for name, layer in named_layers(model, Grouped)}
+        return {name: layer.membership().detach().cpu() for name, layer in named_layers(model, Grouped)}
 
 
 def _values(parameters: list[nn.Parameter]) -> dict[str, Tensor]:

@@ -17,6 +17,10 @@ class NotFinite:
 
     def __init__(self, stop: bool) -> None:
         self.stop = stop
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget which layers were named."""
         self._told: set[str] = set()
 
     def __call__(self, trainer: Trainer, counts: Mapping[str, int]) -> None:

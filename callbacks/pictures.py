@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,12 +12,14 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dyn_lightning.analysis.figures import pixels
+from dyn_lightning.protocols import Routed, named_layers
 
-# While a network trains, the pictures of one callback take at most this part of the time, and are expected to take so
-# many seconds at first.
+# While a network trains, the pictures of one callback take about this part of the time, and the first of them are
+# expected to take so many seconds.
 SHARE, FIRST_SECONDS = 0.005, 1.0
 
 
@@ -25,10 +27,10 @@ class Pictures:
     """Draws now, or remembers what to draw until the end of the training.
 
     Args:
-        every: draw each so-manieth time; None draws as often as takes at most 0.5 % of the training's time.
+        every: draw each so-manieth time; infinity draws at the end alone, None as often as takes 0.5 % of the time.
     """
 
-    def __init__(self, every: int | None) -> None:
+    def __init__(self, every: float | None) -> None:
         self.every = every
         self.begin()
 
@@ -58,11 +60,8 @@ class Pictures:
         draw, self._draw = self._draw, None
         if draw is not None:
             start = time.monotonic()
-            try:
-                with _no_collection():
-                    draw()
-            except Exception as error:  # a picture is not worth a training
-                rank_zero_warn(f"a picture could not be drawn: {type(error).__name__}: {error}")
+            with _no_collection(), forgiving():
+                draw()
             self._takes = time.monotonic() - start
             self._spent += self._takes
 
@@ -79,9 +78,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """Let a picture that cannot be drawn be a warning: it is not worth a training."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"a picture could not be drawn: {type(error).__name__}: {error}")
+
+
 def step_of(trainer: Trainer) -> int:
-    """Give the step that Lightning logs with: that of the last training batch; outside of a training, of the next."""
-    return max(0, trainer.global_step - (trainer.state.fn == TrainerFn.FITTING))
+    """Give the step that Lightning logs scalars with."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
@@ -110,17 +118,39 @@ def log_image(trainer: Trainer, tag: str, image: np.ndarray, step: int) -> None:
             logger.log_image(key=tag, images=[image], step=step)
 
 
-def log_figure(trainer: Trainer, tag: str, figure: Figure, step: int) -> None:
+def log_figure(trainer: Trainer, tag: str, draw: Callable[[], Figure], step: int) -> None:
     """Draw a figure, and give it to each logger that takes pictures."""
-    log_image(trainer, tag, pixels(figure), step)
+    with forgiving():
+        log_image(trainer, tag, pixels(draw()), step)
 
 
-_told: WeakSet[Trainer] = WeakSet()
+_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
-def warn_without_pictures(trainer: Trainer) -> None:
-    """Say once, whatever the number of callbacks, if no logger takes pictures."""
-    if not takes_pictures(trainer) and trainer not in _told:
-        _told.add(trainer)
+def say_once(trainer: Trainer, text: str) -> None:
+    """Warn once a trainer, whatever the number of callbacks that say it."""
+    said = _said.setdefault(trainer, set())
+    if text not in said:
+        said.add(text)
+        rank_zero_warn(text)
+
+
+def say_without_routed_layers(trainer: Trainer, model: nn.Module) -> None:
+    """Say once if there is nothing to see."""
+    if not dict(named_layers(model, Routed)):
+        say_once(trainer, "the model has no routed layer (routers()): there is no routing to show")
+
+
+def say_without_pictures(trainer: Trainer) -> None:
+    """Say once if there is nowhere to draw."""
+    if not takes_pictures(trainer):
         have = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
-        rank_zero_warn(f"no pictures are drawn, since no logger takes them (there is {have}): add a TensorBoardLogger")
+        say_once(
+            trainer, f"no pictures are drawn, since no logger takes them (there is {have}): add a TensorBoardLogger"
+        )
+
+
+def say_without_tensorboard(trainer: Trainer) -> None:
+    """Say once if pictures are drawn, but there is no TensorBoard."""
+    if takes_pictures(trainer) and not writers(trainer):
+        say_once(trainer, "histograms, the projector and the layout of the scalars need a TensorBoardLogger")

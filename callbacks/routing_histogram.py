@@ -5,13 +5,17 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from dyn_lightning.callbacks.not_finite import NotFinite
-from dyn_lightning.callbacks.pictures import warn_without_pictures, writers
+from dyn_lightning.callbacks.pictures import (
+    say_without_pictures,
+    say_without_routed_layers,
+    say_without_tensorboard,
+    writers,
+)
 from dyn_lightning.checks import check_count
-from dyn_lightning.routing import named_routers, watch
+from dyn_lightning.routing import watch
 
 
 class RoutingHistogram(Callback):
@@ -20,7 +24,7 @@ class RoutingHistogram(Callback):
     The tags are ``routing/LAYER/KERNEL``; TensorBoard also shows them as distributions over time. The bins divide
     [0, 1] evenly and never move, so pictures can be compared. All ranks' samples are counted once. Routing weights that
     are NaN or infinite are left out, counted in ``routing_not_finite/LAYER``, and the layer is named once. A compiled
-    model runs uncompiled in the steps that are written. Without a TensorBoardLogger it writes nothing.
+    model runs uncompiled in the steps that are written. Other loggers than TensorBoard's get the counts alone.
 
     Args:
         every_n_steps: training steps from one histogram to the next.
@@ -45,14 +49,14 @@ class RoutingHistogram(Callback):
         """Say once if there is nothing to write, or nowhere to."""
         self._weights, self._last_step = {}, -1  # of an earlier training
         self._not_finite = NotFinite(self.stop_when_not_finite)
-        if not named_routers(pl_module):
-            rank_zero_warn("RoutingHistogram found no routed layer (routers()) in the model")
-        warn_without_pictures(trainer)
+        say_without_routed_layers(trainer, pl_module)
+        say_without_pictures(trainer)
+        say_without_tensorboard(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the routers in the steps that are due."""
         due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step
-        if due and (self.stop_when_not_finite or writers(trainer)):
+        if due and (self.stop_when_not_finite or trainer.loggers):
             self._last_step = trainer.global_step
             self._weights = self._watching.enter_context(watch(pl_module))
 
@@ -77,11 +81,12 @@ class RoutingHistogram(Callback):
         self._not_finite(trainer, {layer: int(table[:, 0].sum()) for layer, table in tables.items()})
         if not trainer.is_global_zero:
             return
+        bad = {f"routing_not_finite/{layer}": table[:, 0].sum().item() for layer, table in tables.items()}
+        for logger in trainer.loggers if any(bad.values()) else []:
+            logger.log_metrics({tag: count for tag, count in bad.items() if count}, step=self._last_step)
         edges = torch.linspace(0, 1, self.bins + 1)
         for writer in writers(trainer):
             for layer, table in tables.items():
-                if table[:, 0].any():
-                    writer.add_scalar(f"routing_not_finite/{layer}", table[:, 0].sum().item(), self._last_step)
                 for kernel, (_, total, squares, *counts) in enumerate(table.tolist()):
                     seen = [place for place, count in enumerate(counts) if count] or [0]
                     writer.add_histogram_raw(

@@ -10,11 +10,16 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
-from dyn_lightning.analysis.images import thumbnails
-from dyn_lightning.callbacks.batches import batch_size, first_loader, images_and_labels, loader_length
-from dyn_lightning.callbacks.pictures import Pictures, warn_without_pictures
+from dyn_lightning.analysis.images import squared, thumbnails
+from dyn_lightning.callbacks.batches import (
+    batch_size,
+    images_and_labels,
+    loader_length,
+    normalization,
+    not_repeated,
+)
+from dyn_lightning.callbacks.pictures import Pictures, say_without_pictures, say_without_routed_layers
 from dyn_lightning.checks import check_count
 from dyn_lightning.routing import named_routers, watch
 
@@ -26,8 +31,8 @@ class Seen(NamedTuple):
 
     Attributes:
         weights: routing weights ``(N, K)`` by layer, float32, on the CPU.
-        labels: ``(N,)``, whole numbers, or None where the data have none.
-        images: ``(N, 3, h, w)``, bytes, or None where they were not wanted or the batch has none.
+        labels: ``(N,)``, whole numbers, negative where one is not known, or None where the data have none.
+        images: ``(N, 3, side, side)``, bytes, filled up with white, or None where nobody wants them or there are none.
     """
 
     weights: dict[str, Tensor]
@@ -39,10 +44,13 @@ class RoutingObserver(Callback, ABC):
     """Collects the routing weights of an evaluation, and hands them to ``finish`` at its end.
 
     Of more than ``max_images`` images, some at equal distances are taken: data that are sorted by class give images of
-    every class. Memory, on all ranks together, is ``4 max_images (sum of K + 1)`` bytes, and with thumbnails
-    ``3 max_images side ** 2`` more. An image that a sampler gives twice to make ranks equal is counted once. Of several
-    loaders, the first is taken. A compiled model runs uncompiled while it is watched. Layers that do not give a row of
-    routing weights for each image of the batch are left out, with a warning.
+    every class. What is kept of an evaluation takes ``max_images (4 sum of K + 8)`` bytes, and with thumbnails
+    ``3 max_images side ** 2`` more, on all ranks together; at the end each rank has all of it, for a moment twice, and
+    pictures that wait for their time hold the last evaluation.
+
+    An image that a sampler gives twice to make ranks equal is counted once. Of several loaders, the first is taken. A
+    compiled model runs uncompiled while it is watched. Layers that do not give a row of routing weights for each image
+    of the batch are left out, with a warning.
 
     Args:
         max_images: how many at most, on all ranks together.
@@ -67,7 +75,7 @@ class RoutingObserver(Callback, ABC):
         layers: list[str] | None = None,
     ) -> None:
         check_count("max_images", max_images)
-        if every_n_evaluations is not None:
+        if every_n_evaluations not in (None, math.inf):
             check_count("every_n_evaluations", every_n_evaluations)
         if split not in SPLITS:
             raise ValueError(f"split={split!r} must be one of {list(SPLITS)}")
@@ -81,6 +89,10 @@ class RoutingObserver(Callback, ABC):
         self._begin(1, math.inf)
 
     @abstractmethod
+    def wanted(self, trainer: Trainer) -> bool:
+        """Say whether a logger takes what ``finish`` makes; the same on every rank."""
+
+    @abstractmethod
     def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
         """Make something of what was seen; called on every rank, with the same."""
 
@@ -88,9 +100,8 @@ class RoutingObserver(Callback, ABC):
         """Say once if there is nothing to see."""
         if stage not in (("fit", "validate") if self.split == "val" else ("test",)):
             return
+        say_without_routed_layers(trainer, pl_module)
         names = list(named_routers(pl_module))
-        if not names:
-            rank_zero_warn(f"{type(self).__name__} found no routed layer (routers()) in the model")
         for glob in self.layers or []:
             if names and not any(fnmatchcase(name, glob) for name in names):
                 raise ValueError(f"layers={glob!r} matches no routed layer; there are {', '.join(names)}")
@@ -99,7 +110,7 @@ class RoutingObserver(Callback, ABC):
         """Say once if there is nowhere to draw."""
         self.pictures.begin()
         self._told.clear()
-        warn_without_pictures(trainer)
+        say_without_pictures(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last evaluation."""
@@ -160,8 +171,9 @@ class RoutingObserver(Callback, ABC):
         self._end(trainer, pl_module, "test")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and draw what was seen before."""
         self._watching.close()
+        self.pictures.end()
 
     def _begin(self, world_size: int, length: float) -> None:
         """Start anew; ``length`` is how many images this rank will see at most."""
@@ -172,8 +184,8 @@ class RoutingObserver(Callback, ABC):
         self._weights: dict[str, Tensor] = {}
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, split: str, dataloader_idx: int) -> None:
-        wanted = split == self.split and dataloader_idx == 0 and not trainer.sanity_checking
-        if wanted and self._passed < self._most * self._every:
+        due = split == self.split and dataloader_idx == 0 and not trainer.sanity_checking
+        if due and self.wanted(trainer) and self._passed < self._most * self._every:
             self._weights = self._watching.enter_context(watch(pl_module))
 
     def _keep(self, trainer: Trainer, batch: Any, loaders: Any) -> None:
@@ -183,20 +195,20 @@ class RoutingObserver(Callback, ABC):
         size = batch_size(batch, self._weights)
         places = torch.arange(self._passed, self._passed + size)
         self._passed += size
-        chosen = (places % self._every == 0) & (places < self._most * self._every)
-        sampler = getattr(first_loader(loaders), "sampler", None)
-        if isinstance(sampler, DistributedSampler):  # it may give images twice, so that all ranks have as many
-            chosen &= places * sampler.num_replicas + sampler.rank < len(sampler.dataset)  # type: ignore[arg-type]
-        rows = chosen.nonzero().flatten()
-        wanted = {name: w for name, w in self._weights.items() if self._wants(name)}
-        weights = {name: w[rows.to(w.device)].float() for name, w in wanted.items() if len(w) == size}
+        chosen = (places % self._every == 0) & (places < self._most * self._every) & not_repeated(loaders, places)
+        rows, rows_of = chosen.nonzero().flatten(), {}
+        wanted = {name: weights for name, weights in self._weights.items() if self._wants(name)}
+        for device in {weights.device for weights in wanted.values()}:
+            rows_of[device] = rows.to(device)
+        weights = {name: w[rows_of[w.device]].float() for name, w in wanted.items() if len(w) == size}
         self._tell_left_out(wanted.keys() - weights.keys())
         images, labels = images_and_labels(batch, size)
-        if images is not None:
-            normalization = [getattr(trainer.datamodule, name, None) for name in ("mean", "std")]  # type: ignore[attr-defined]
-            images = thumbnails(images[rows.to(images.device)], self._side, *normalization) if self._side else None
-        labels = None if labels is None else labels[rows.to(labels.device)]
-        self._kept.append(Seen(weights, labels, images))
+        if images is not None and self._side:
+            kept = images[rows.to(images.device)]
+            images = squared(thumbnails(kept, self._side, *normalization(trainer, images.shape[1])))
+        else:
+            images = None
+        self._kept.append(Seen(weights, None if labels is None else labels[rows.to(labels.device)], images))
         self._weights = {}
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
@@ -229,8 +241,9 @@ def _joined(parts: list[Seen]) -> Seen:
     weights = {name: torch.cat([part.weights[name] for part in parts]).cpu() for name in names}
     labels = [part.labels for part in parts if part.labels is not None]
     images = [part.images for part in parts if part.images is not None]
+    side = max((part.shape[-1] for part in images), default=0)  # a batch may have larger images than another
     return Seen(
         weights,
         torch.cat(labels).cpu() if len(labels) == len(parts) else None,
-        torch.cat(images) if len(images) == len(parts) else None,
+        torch.cat([squared(part, side) for part in images]) if images and len(images) == len(parts) else None,
     )

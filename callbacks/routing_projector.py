@@ -1,14 +1,12 @@
 """Routing weights as points in TensorBoard's projector."""
 
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
-from dyn_lightning.analysis.images import squared
 from dyn_lightning.callbacks.batches import class_names
 from dyn_lightning.callbacks.pictures import step_of, writers
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
@@ -43,7 +41,11 @@ class RoutingProjector(RoutingObserver):
             raise ValueError(
                 f"max_images={max_images} with side={side}: the thumbnails must fit into {SPRITE} x {SPRITE} pixels"
             )
-        super().__init__(max_images, split, sys.maxsize, side, layers)
+        super().__init__(max_images, split, math.inf, side, layers)
+
+    def wanted(self, trainer: Trainer) -> bool:
+        """Say whether there is a TensorBoard."""
+        return bool(writers(trainer))
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
         """Write if it is time."""
@@ -55,11 +57,11 @@ class RoutingProjector(RoutingObserver):
         if not len(rows):
             return
         labels = None if seen.labels is None else _metadata(seen.labels[rows].tolist(), class_names(trainer))
-        images = None if seen.images is None else squared(seen.images[rows]).float() / 255
+        images = None if seen.images is None else seen.images[rows].float() / 255
         for writer in writers(trainer):
             writer.add_embedding(points[rows], labels, images, global_step=step, tag="routing")
 
 
 def _metadata(labels: list[int], names: Sequence[str]) -> list[str]:
     """Name each point; tabs and line ends would break the file."""
-    return [" ".join(names[label].split()) if label < len(names) else str(label) for label in labels]
+    return [" ".join(names[label].split()) if 0 <= label < len(names) else str(label) for label in labels]

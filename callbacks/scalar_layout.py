@@ -53,7 +53,7 @@ class ScalarLayout(Callback):
         """Write the layout."""
         charts = dict(TRAINING)
         for protocol, more in CHARTS.items():
-            charts |= more if any(named_layers(pl_module, protocol)) else {}
+            charts |= more if dict(named_layers(pl_module, protocol)) else {}
         charts |= self.charts
         layout = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items()}
         if trainer.is_global_zero:

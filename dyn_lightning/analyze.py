@@ -55,7 +55,8 @@ class AnalyzeCLI(CLI):
         self.checkpoint = self._run(root).checkpoint(which) if which in ("last", "best") else Path(which)
         run = self.checkpoint.parent.parent if self.checkpoint.parent.name == "checkpoints" else Path()
         self.folder = RunFolder(run).unused("analysis") if config.output is None else Path(config.output)
-        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir())):
+        first = getattr(rank_zero_only, "rank", 0) == 0  # the others come when the folder is made
+        if first and (self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()))):
             raise ValueError(f"--output {self.folder}: it exists already, and nothing is overwritten")
 
     def _run(self, root: Path) -> RunFolder:

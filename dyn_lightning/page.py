@@ -14,11 +14,11 @@ from pytorch_lightning.utilities import rank_zero_only
 
 # What each picture means, and what to conclude, by the beginning of its name.
 MEANING = {
-    "routing_report/depth": """From input to output. Entropy near 1: the layer mixes its kernels evenly for every image,
-        and one static kernel would do; low entropy: each image has a few kernels of its own. Variance between classes:
+    "routing_report/depth": """From input to output. Entropy near 1: every image gets a nearly even mixture of the
+        kernels; near 0: each image has a kernel of its own. Variance between classes:
         how much of the routing an image's class explains; low in layers that look at textures and colours, high where
-        kernels specialise on classes. Load: a kernel's share, averaged over the images; blue kernels are hardly used,
-        and those that are crossed out by no image: the layer has more kernels than it needs.""",
+        kernels specialise on classes. Load: a kernel's share, averaged over the images; dark blue kernels are hardly
+        used, and those that are crossed out by no image: the layer has more kernels than it needs.""",
     "routing_report/similarity": """How alike two layers tell images apart by their routing weights, whatever the order
         of their kernels. Bright cells off the diagonal are layers that decide the same; they could share a router.""",
     "routing_report/classes": """A row a class, a column a kernel. Rows that look alike: the layer routes all classes in

@@ -306,10 +306,36 @@ AGGREGATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 }
 
 
+class _Eager:
+    """Runs compiled models uncompiled while at least one is inside, in whatever order they leave.
+
+    ``torch.compiler.set_stance`` alone restores what it found, which is wrong if the first to come is the first to go.
+    """
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.stance = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.inside == 0:
+            self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            if self.inside == 0:
+                self.stance.close()
+
+
+_eager = _Eager()
+
+
 @contextmanager
 def _hooked(hooks: dict, prepend: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_eager())
         for router, hook in hooks.values():
             stack.callback(router.register_forward_hook(hook, prepend=prepend).remove)
         yield

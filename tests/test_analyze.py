@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from dyn_lightning.analyze import main
 from dyn_lightning.callbacks import group_tracker
 from dyn_lightning.data import Digits
 from dyn_lightning.fit import main as train
-from tests.command_line import SMALL, in_this_process, write_config
+from tests.command_line import ROOT, SMALL, in_this_process, write_config
 from tests.test_bad_input import changed
 
 ROUTED = ("backbone.conv2", "backbone.conv4")
@@ -122,7 +125,7 @@ class TestWritten:
 
     def test_group_counts_show_the_training(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         drawn: dict[str, Any] = {}
-        monkeypatch.setattr(group_tracker, "log_figure", lambda trainer, tag, figure, step: drawn.update({tag: figure}))
+        monkeypatch.setattr(group_tracker, "log_figure", lambda trainer, tag, draw, step: drawn.update({tag: draw()}))
         analyze(run, "--ckpt_path", "last")
         over_time = drawn["group_counts"].axes[0]
         assert over_time.get_title() == "Groups over training"
@@ -171,6 +174,22 @@ class NoTest(Digits):
     def __init__(self) -> None:
         super().__init__(image_size=16)
         self.test_set = None
+
+
+def test_two_processes_do_what_one_does(run: Path) -> None:
+    analyze(run)
+    options = ["--output", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "32"]
+    command = [sys.executable, "-m", "dyn_lightning.analyze", "--config", str(run / "config.yaml"), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = table(run / "analysis"), table(Path("two"))
+    assert one.keys() == two.keys()
+    for layer, row in one.items():
+        for name, value in row.items():
+            if name != "layer" and value:
+                assert float(two[layer][name]) == pytest.approx(float(value), abs=1e-5)
+    assert json.loads(Path("two/run.json").read_text())["metrics"]["routing_images"] == 180
 
 
 class TestBadInput:

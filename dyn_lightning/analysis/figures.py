@@ -97,7 +97,8 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     axes.set_yticks(range(len(kept)), [_class_name(class_names, index, 24) for index in kept.tolist()], fontsize=8)
     axes.set(ylabel="class", ylim=(len(kept) - 0.5, -0.5))
     axes.tick_params(length=0)
-    some = f"\nthe {len(kept)} of {total} classes that differ most" if len(kept) < total else ""
+    some = f" in {len(names)} of {len(layers)} layers" if len(names) < len(layers) else ""
+    some += f"\nthe {len(kept)} of {total} classes that differ most" if len(kept) < total else ""
     axes.set_title(f"Mean routing weights by class{some}", fontsize=11)
     return figure
 
@@ -161,16 +162,20 @@ def examples(title: str, images: Tensor, shares: Tensor, labels: Tensor, class_n
     return figure
 
 
-def group_counts(history: Mapping[str, Sequence[int]], epochs: Sequence[int], most: Mapping[str, int]) -> Figure:
+def group_counts(
+    history: Mapping[str, Sequence[int]], epochs: Sequence[int], most: Mapping[str, int], title: str = ""
+) -> Figure:
     """Draw the number of groups of each layer over the epochs, and at the end against depth (as DGConv's paper does).
 
     Args:
         history: numbers of groups by layer, after each of the epochs.
         epochs: how many were over, ascending; of a single one only the end is drawn.
         most: how many groups each layer can have.
+        title: above the figure.
     """
     table = torch.tensor([list(counts) for counts in history.values()])
     figure = Figure(figsize=(4.5 if len(epochs) == 1 else 9, _height(len(history))), layout="constrained")
+    figure.suptitle(title, fontsize=10)
     *over_time, at_end = figure.subplots(1, min(2, len(epochs)), sharey=True, squeeze=False)[0]
     for axes in over_time:
         highest = max(1, math.ceil(math.log2(max(1, int(table.max())))))
@@ -275,7 +280,8 @@ def _class_name(names: Sequence[str], label: int, length: int) -> str:
 
 
 def _ending(name: str, length: int = 20) -> str:
-    return name if len(name) <= length else f"...{name[3 - length :]}"
+    short = name if len(name) <= length else f"...{name[3 - length :]}"
+    return short.replace("$", r"\$")  # which would begin a formula
 
 
 def _width(layers: int) -> float:

@@ -13,7 +13,7 @@ def thumbnails(
     """Make small pictures of a network's input.
 
     Args:
-        images: ``(B, C, H, W)``; other than one or three channels are shown as their mean, in grey.
+        images: ``(B, C, H, W)``; bytes are shown as they are, other than one or three channels as their mean, in grey.
         side: rows and columns of the longer side; smaller images stay as they are.
         mean: what was subtracted from pixels in [0, 1]; None stretches each image from its least to its greatest value.
         std: what they were divided by.
@@ -25,8 +25,10 @@ def thumbnails(
         >>> thumbnails(torch.randn(2, 1, 56, 28), 32).shape
         torch.Size([2, 3, 32, 16])
     """
-    images = images.detach().float()
-    if mean is not None and std is not None:
+    raw, images = images.dtype == torch.uint8, images.detach().float()
+    if raw:
+        images = images / 255
+    elif mean is not None and std is not None:
         shift, scale = (torch.as_tensor(value).to(images).reshape(-1, 1, 1) for value in (mean, std))
         images = images * scale + shift
     else:
@@ -43,8 +45,8 @@ def thumbnails(
     return (images.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def squared(images: Tensor) -> Tensor:
-    """Fill images ``(..., h, w)``, bytes, up to squares with white on the right or below."""
+def squared(images: Tensor, side: int | None = None) -> Tensor:
+    """Fill images ``(..., h, w)``, bytes, with white up to squares of ``side``, or of their longer side."""
     height, width = images.shape[-2:]
-    side = max(height, width)
+    side = side or max(height, width)
     return F.pad(images, (0, side - width, 0, side - height), value=255)

@@ -27,8 +27,9 @@ class LayerStatistics(NamedTuple):
         balance: 2 to the entropy of the load, divided by K: the part of the kernels that is in use.
         dead: the kernels that no image gives more than a threshold.
         class_means: ``(C, K)``, mean routing weights of each class; NaN for a class without images.
-        explained: variance between the classes over all variance of the routing weights, kernels added up: 0 where the
-            classes do not differ, 1 where nothing else does; NaN where nothing varies or there are no labels.
+        explained: the part of the variance of the routing weights, kernels added up, that the classes explain, adjusted
+            for chance (epsilon squared): 0 where classes do not differ more than random groups of images would, 1 where
+            nothing else differs; NaN where nothing varies, no class has two images, or there are no labels.
     """
 
     images: int
@@ -50,7 +51,7 @@ def layer_statistics(
 
     Args:
         weights: ``(N, K)``, a row an image.
-        labels: ``(N,)``, from 0 to C - 1, or None.
+        labels: ``(N,)``, from 0 to C - 1, negative where it is not known, or None.
         num_classes: C; 0 where there are no labels.
         dead_below: a kernel is dead if no image's share of it is above this part of 1 / K.
 
@@ -58,7 +59,8 @@ def layer_statistics(
         The statistics; NaN where no image had finite weights.
 
     Example:
-        >>> found = layer_statistics(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([0, 1]), 2)
+        >>> weights = torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0], [0.5, 0.5]])
+        >>> found = layer_statistics(weights, torch.tensor([0, 1, 0, 1]), 2)
         >>> found.entropy, found.load.tolist(), found.explained
         (0.5, [0.75, 0.25], 1.0)
     """
@@ -100,11 +102,15 @@ def entropy(parts: Tensor) -> Tensor:
 def _by_class(weights: Tensor, labels: Tensor | None, num_classes: int) -> tuple[Tensor, float]:
     if labels is None:
         return weights.new_empty(0, weights.shape[1]), math.nan
+    weights, labels = weights[labels >= 0], labels[labels >= 0]
     count = labels.bincount(minlength=num_classes).to(weights)
     means = weights.new_zeros(num_classes, weights.shape[1]).index_add_(0, labels, weights) / count[:, None]
-    center = weights.mean(0)
-    between = (count[:, None] * (means - center).square().nan_to_num()).sum()
-    return means, (between / (weights - center).square().sum()).item()
+    total = (weights - weights.mean(0)).square().sum().item()
+    within = (weights - means[labels]).square().sum().item()
+    images, classes = len(weights), int((count > 0).sum())
+    if total == 0 or images == classes:
+        return means, math.nan
+    return means, max(0.0, 1 - within / (images - classes) * (images - 1) / total)
 
 
 def similarity(layers: Mapping[str, Tensor]) -> Tensor:

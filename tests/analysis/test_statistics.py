@@ -32,16 +32,35 @@ class TestOfOneLayer:
         assert found.explained == pytest.approx(1)  # the images of a class are alike
 
     def test_classes_against_loops(self) -> None:
-        weights, labels = routing(), torch.randint(5, (60,))
+        labels = torch.randint(5, (60,))
+        weights = routing() + torch.randn(5, routing().shape[1])[labels]
         found = layer_statistics(weights, labels, 5)
-        center, between, total = weights.mean(0), 0.0, 0.0
+        center, within, total = weights.mean(0), 0.0, 0.0
         for row, label in zip(weights, labels, strict=True):
             mean = weights[labels == label].mean(0)
             assert found.class_means[label].tolist() == pytest.approx(mean.tolist())
-            between += (mean - center).square().sum().item()
+            within += (row - mean).square().sum().item()
             total += (row - center).square().sum().item()
-        assert found.explained == pytest.approx(between / total)
+        assert found.explained == pytest.approx(1 - (within / (60 - 5)) / (total / (60 - 1)))
         assert 0 < found.explained < 1
+
+    @pytest.mark.parametrize("classes", [2, 50])
+    def test_classes_by_chance_explain_nothing(self, classes: int) -> None:
+        """Without the correction, 50 random classes of 200 images would explain a quarter."""
+        found = [layer_statistics(torch.rand(200, 3), torch.randint(classes, (200,)), classes) for _ in range(20)]
+        assert sum(each.explained for each in found) / 20 < 0.03
+
+    def test_images_without_a_class_are_left_out_of_the_classes_alone(self) -> None:
+        weights, labels = torch.rand(9, 3), torch.tensor([0, 1, -1, 0, 1, -100, 0, 1, 1])
+        found, known = (
+            layer_statistics(weights, labels, 2),
+            layer_statistics(weights[labels >= 0], labels[labels >= 0], 2),
+        )
+        assert found.explained == known.explained
+        assert torch.equal(found.class_means, known.class_means)
+        assert found.images == 9
+        nobody = layer_statistics(weights, torch.full((9,), -1), 2)
+        assert math.isnan(nobody.explained)
 
     @pytest.mark.parametrize("kernels", [2, 3, 8])
     def test_extremes(self, kernels: int) -> None:

@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dyn_lightning.callbacks import TemperatureAnnealing
+from dyn_lightning.callbacks import TemperatureAnnealing, expert_examples, group_tracker, routing_report
 from tests.training import fit
 
 
@@ -51,16 +51,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
 
     def catching(log_figure: Callable[..., None]) -> Callable[..., None]:
-        def log(trainer: Trainer, tag: str, figure: Figure, step: int) -> None:
-            found[tag] = figure
-            log_figure(trainer, tag, figure, step)
+        def log(trainer: Trainer, tag: str, draw: Callable[[], Figure], step: int) -> None:
+            found[tag] = figure = draw()
+            log_figure(trainer, tag, lambda: figure, step)
 
         return log
 
-    for module in ("routing_report", "expert_examples", "group_tracker"):
-        import importlib
-
-        where = importlib.import_module(f"dyn_lightning.callbacks.{module}")
+    for where in (routing_report, expert_examples, group_tracker):
         monkeypatch.setattr(where, "log_figure", catching(where.log_figure))
     return found
 

@@ -72,6 +72,11 @@ class TestFigure:
         assert pictures(trainer) == {}
 
 
+def test_refuses_rows_that_nobody_can_read() -> None:
+    with pytest.raises(ValueError, match="images_per_expert=25 must be at most 24"):
+        ExpertExamples(images_per_expert=25)
+
+
 @pytest.mark.parametrize("wrong", [{"images_per_expert": 0}, {"side": 0}, {"max_images": 0}], ids=str)
 def test_refuses(wrong: dict[str, Any]) -> None:
     ((name, value),) = wrong.items()

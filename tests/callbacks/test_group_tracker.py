@@ -169,6 +169,19 @@ class TestFigures:
         assert pictures(trainer)["group_counts"] == [4]
         assert [axes.get_title() for axes in drawn["group_counts"].axes] == ["Groups"]
 
+    def test_says_what_the_budget_is(self, tmp_path: Path, drawn: dict[str, Figure]) -> None:
+        network = model()
+        network.hparams["group_budget"] = 4
+        run(tmp_path, GroupTracker(), network=network)
+        assert "100.0% of all pairs of channels are connected; the budget is 25.0%" in texts(drawn["group_counts"])
+
+    def test_of_the_layers_that_are_named(self, tmp_path: Path) -> None:
+        network = model(*[Blocks() for _ in range(3)])
+        trainer = run(tmp_path, GroupTracker(layers=["*.1"]), network=network)
+        assert set(pictures(trainer)) == {"group_counts", "group_membership/backbone.1"}
+        with pytest.raises(ValueError, match=r"layers='conv' matches no layer that learns its groups; there are back"):
+            run(tmp_path, GroupTracker(layers=["conv"]), network=network)
+
 
 class TestResume:
     @pytest.mark.parametrize("cut", [8, 6])
@@ -197,10 +210,14 @@ class TestResume:
             assert found[tag] == {step: value for step, value in whole[tag].items() if step >= cut}
 
     def test_another_training_has_its_own_history(self, tmp_path: Path, drawn: dict[str, Figure]) -> None:
-        tracker = GroupTracker()
+        tracker, other = GroupTracker(), model()
         run(tmp_path / "one", Turn({2: (1.0, -1.0)}), tracker, max_epochs=3)
-        run(tmp_path / "two", tracker, max_epochs=1)
-        assert drawn["group_counts"].axes[0].collections[0].get_array().tolist() == [[1, 1]]
+        with torch.no_grad():
+            other.backbone[0].gates.copy_(torch.tensor([1.0, -1.0]))
+        run(tmp_path / "two", tracker, network=other, max_epochs=1)
+        assert drawn["group_counts"].axes[0].collections[0].get_array().tolist() == [[2, 2]]
+        run(tmp_path / "three", tracker, network=model(nn.Identity(), Blocks()), max_epochs=2)
+        assert drawn["group_counts"].axes[0].collections[0].get_array().tolist() == [[1, 1, 1]]
 
 
 def test_no_grouped_layer(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,15 @@ class TestNotFinite:
             assert value.num == sum(bucket)
             assert value.sum == pytest.approx(total)
 
+    def test_other_loggers_get_the_count(self, tmp_path: Path) -> None:
+        logger = CSVLogger(tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(NaN or infinite|no pictures are drawn)")
+            fit(mixed(Constant(float("nan"), 0.5)), None, constant(), RoutingHistogram(2), logger=logger)
+        with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+            counts = [(row["step"], row["routing_not_finite/backbone.0"]) for row in csv.DictReader(file)]
+        assert [(step, count) for step, count in counts if count] == [("0", "16.0"), ("2", "16.0")]
+
     def test_nothing_is_left(self, tmp_path: Path) -> None:
         with warns_once("NaN or infinite"):
             trainer = train(mixed(Constant(float("nan"), 0.5)), tmp_path, constant(), RoutingHistogram())
@@ -177,7 +188,7 @@ class TestNothingToWrite:
         assert trainer.global_step == 4
 
     def test_without_a_routed_layer_it_warns_once(self, tmp_path: Path) -> None:
-        with warns_once("RoutingHistogram found no routed layer"):
+        with warns_once("the model has no routed layer (routers()): there is no routing to show"):
             trainer = train(classifier(static()), tmp_path, RoutingHistogram(1))
         assert trainer.global_step == 4
         assert histograms(trainer) == {}

@@ -4,14 +4,14 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.routing import named_routers
 from tests.callbacks.boards import constant, train
 from tests.callbacks.coded import Data, data, routed, softmax_rows
-from tests.training import Raise, classifier, digits
+from tests.training import classifier, digits
 
 
 class Notes(RoutingObserver):
@@ -20,6 +20,9 @@ class Notes(RoutingObserver):
     def __init__(self, max_images: int = 1000, split: str = "val", **options: Any) -> None:
         super().__init__(max_images, split, None, **options)
         self.seen: list[Seen] = []
+
+    def wanted(self, trainer: Trainer) -> bool:
+        return True
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
         self.seen.append(seen)
@@ -107,6 +110,13 @@ class TestWhichImages:
         seen = observe(rows, 3, folder=tmp_path)
         assert torch.equal(seen.weights["backbone.0"], weights[rank::3])
 
+    def test_repeated_ones_of_a_batch_sampler_are_left_out(self, tmp_path: Path) -> None:
+        weights = softmax_rows(10, 3)
+        rows = data(weights)
+        batches = BatchSampler(DistributedSampler(rows.val_set, 3, 2, shuffle=False), 2, drop_last=False)
+        rows.val_dataloader = lambda: DataLoader(rows.val_set, batch_sampler=batches)  # type: ignore[method-assign]
+        assert torch.equal(observe(rows, 3, folder=tmp_path).weights["backbone.0"], weights[2::3])
+
     def test_of_a_part_of_the_batches(self, tmp_path: Path) -> None:
         weights, notes = softmax_rows(11, 3), Notes()
         train(routed(3), data(weights), tmp_path, notes, limit_val_batches=2)
@@ -147,6 +157,37 @@ class TestThumbnails:
         stretched = pictures / pictures.amax((1, 2, 3), keepdim=True)  # the least is 0
         assert torch.equal(seen.images[:, :1], (stretched * 255).round().to(torch.uint8))
 
+    def test_of_images_of_different_shapes(self, tmp_path: Path) -> None:
+        """One a batch, as evaluation without cropping has."""
+        rows = data(softmax_rows(2, 3))
+        wide, high = torch.rand(1, 8, 20), torch.rand(1, 16, 8)
+        pairs: Any = [(wide, torch.tensor(0)), (high, torch.tensor(1))]
+        rows.val_set, rows.batch_size = pairs, 1
+        seen = observe(rows, 3, folder=tmp_path, side=10)
+        assert seen.images is not None
+        assert seen.images.shape == (2, 3, 10, 10)
+        assert (seen.images[0, :, 4:] == 255).all()
+        assert (seen.images[1, :, :, 5:] == 255).all()
+
+    def test_bytes_are_shown_as_they_are(self, tmp_path: Path) -> None:
+        rows = data(softmax_rows(2, 3))
+        pixels = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+        rows.val_set.tensors = (pixels, torch.arange(2))  # type: ignore[attr-defined]
+        model, notes = routed(3), Notes(side=8)
+        step = model.validation_step
+        model.validation_step = lambda batch, batch_idx: step((batch[0] / 255, batch[1]), batch_idx)  # type: ignore
+        train(model, rows, tmp_path, notes)
+        assert notes.seen[0].images is not None
+        assert torch.equal(notes.seen[0].images[:, 1:2], pixels)
+
+    @pytest.mark.parametrize(("mean", "std"), [((0.5, 0.4), (1.0, 1.0)), ("half", 1.0), (0.5, None)])
+    def test_a_normalisation_of_another_form_is_not_taken(self, mean: Any, std: Any, tmp_path: Path) -> None:
+        rows: Any = data(softmax_rows(2, 3))
+        rows.mean, rows.std = mean, std
+        seen = observe(rows, 3, folder=tmp_path, side=8)
+        assert seen.images is not None
+        assert seen.images.amax() == 255
+
     def test_as_before_the_normalisation(self, tmp_path: Path) -> None:
         notes, rows = Notes(side=8), digits()
         train(classifier(), rows, tmp_path, notes, constant(), limit_val_batches=1)
@@ -158,7 +199,7 @@ class TestThumbnails:
 
 
 class TestMemory:
-    """4 max_images (sum of K + 1) bytes, and 3 max_images side ** 2 for thumbnails, as the docstring says."""
+    """max_images (4 sum of K + 8) bytes, and 3 max_images side ** 2 for thumbnails, as the docstring says."""
 
     @pytest.mark.parametrize("count", [40, 400])
     def test_is_bounded(self, count: int, tmp_path: Path) -> None:
@@ -185,31 +226,42 @@ class TestHooks:
 
     def test_are_gone_after_an_exception(self, tmp_path: Path) -> None:
         model = routed(3)
-
-        class Broken(Callback):
-            def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-                raise RuntimeError("on purpose")
-
-        class Early(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                raise RuntimeError("on purpose")
-
-        model.backbone.append(Early())
-        with pytest.raises(RuntimeError, match="on purpose"):
-            train(model, data(softmax_rows(5, 3)), tmp_path, Notes(), Raise(), num_sanity_val_steps=0)
-        assert self.hooks(model) == 0
-        rows: Any = data(softmax_rows(5, 3))
-        model.backbone = model.backbone[:-1]
         step = model.validation_step
 
         def fails(batch: Any, batch_idx: int) -> None:
             step(batch, batch_idx)
+            assert self.hooks(model) == 1
             raise RuntimeError("on purpose")
 
         model.validation_step = fails  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="on purpose"):
-            train(model, rows, tmp_path, Notes())
+            train(model, data(softmax_rows(5, 3)), tmp_path, Notes())
         assert self.hooks(model) == 0
+
+    def test_a_compiled_model_is_compiled_again_after_several_observers(self, tmp_path: Path) -> None:
+        """They leave in the order in which they came."""
+        torch.compiler.reset()
+        compiled: list[bool] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            def run(*args: Any) -> Any:
+                compiled.append(True)
+                return graph(*args)
+
+            return run
+
+        model = classifier()
+        model.backbone = torch.compile(model.backbone, backend=backend)
+        images = torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            model.eval()(images)
+        assert compiled
+        model.train()
+        train(model, digits(), tmp_path, constant(), Notes(), Notes(), Notes(), limit_val_batches=2)
+        compiled.clear()
+        with torch.no_grad():
+            model.eval()(images)
+        assert compiled
 
 
 def test_batches_of_another_form(tmp_path: Path) -> None:
@@ -223,7 +275,13 @@ def test_batches_of_another_form(tmp_path: Path) -> None:
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             image, label = rows.val_set[index]
-            return {"weight": 0.5, "name": f"{index}", "image": image, "meta": {"label": label}}
+            return {
+                "id": 7_000_000_000 + index,
+                "weight": 0.5,
+                "name": f"{index}",
+                "image": image,
+                "meta": {"label": label},
+            }
 
     model = routed(3)
     step = model.validation_step
@@ -234,3 +292,15 @@ def test_batches_of_another_form(tmp_path: Path) -> None:
     assert notes.seen[0].labels is not None
     assert notes.seen[0].labels.tolist() == [n % 4 for n in range(7)]
     assert notes.seen[0].images is not None
+
+
+@pytest.mark.parametrize("kind", ["numbers of images", "masks"])
+def test_what_is_no_class(kind: str, tmp_path: Path) -> None:
+    rows, model, notes = data(softmax_rows(4, 3)), routed(3), Notes()
+    images, labels = rows.val_set.tensors  # type: ignore[attr-defined]
+    other = 10**12 + torch.arange(4) if kind == "numbers of images" else labels > 1
+    rows.val_set.tensors = (images, other)  # type: ignore[attr-defined]
+    step = model.validation_step
+    model.validation_step = lambda batch, batch_idx: step((batch[0], batch[1].long() % 2), batch_idx)  # type: ignore
+    train(model, rows, tmp_path, notes)
+    assert notes.seen[0].labels is None

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from pytorch_lightning import LightningModule
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dyn_lightning.analysis import layer_statistics
-from dyn_lightning.callbacks import ExpertExamples, RoutingReport
+from dyn_lightning.callbacks import ExpertExamples, RoutingProjector, RoutingReport, routing_report
 from tests.callbacks.boards import constant, drawn, pictures, scalars, texts, train
 from tests.callbacks.coded import Routes, data, routed, softmax_rows
 from tests.training import Constant, classifier, digits, fit, head, static, warns_once
@@ -51,6 +52,23 @@ class TestScalars:
             values = {"entropy": expected.relative_entropy, "largest": expected.largest, "classes": expected.explained}
             for name, value in values.items():
                 assert found[f"routing_{name}/backbone.{layer}"] == {step: pytest.approx(value) for step in (3, 7)}
+
+    def test_labels_that_are_not_known(self, tmp_path: Path) -> None:
+        weights, names = softmax_rows(8, 3), ("ant", "bee")
+        rows = data(weights, class_names=names)
+        labels = torch.tensor([0, 1, -1, 0, 1, -100, 0, 1])
+        rows.val_set.tensors = (rows.val_set.tensors[0], labels)  # type: ignore[attr-defined]
+        model = routed(3)
+        step = model.validation_step
+        model.validation_step = lambda batch, batch_idx: step((batch[0], batch[1].clamp(min=0)), batch_idx)  # type: ignore
+        trainer = train(model, rows, tmp_path, RoutingReport(), ExpertExamples(), RoutingProjector())
+        expected = layer_statistics(weights, labels, 2)
+        assert scalars(trainer)["routing_classes/backbone.0"] == {3: pytest.approx(expected.explained, abs=1e-6)}
+        assert set(pictures(trainer)) == {
+            "routing_report/depth",
+            "routing_report/classes",
+            "expert_examples/backbone.0",
+        }
 
     def test_dead_kernels(self, tmp_path: Path) -> None:
         weights = torch.tensor([[0.98, 0.01, 0.01], [0.7, 0.29, 0.01]])
@@ -144,6 +162,36 @@ class TestFigures:
         assert pictures(trainer) == {tag: [4] for tag in FIGURES - {"routing_report/similarity"}}
         assert scalars(trainer)["routing_images"] == {4: 5}
 
+    def test_one_that_cannot_be_drawn_does_not_cost_the_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*args: Any) -> None:
+            raise RuntimeError("on purpose")
+
+        monkeypatch.setattr(routing_report.figures, "depth", fails)
+        with warns_once("a picture could not be drawn: RuntimeError: on purpose"):
+            trainer = train(routed(3, 2), data(softmax_rows(7, 3), softmax_rows(7, 2)), tmp_path, RoutingReport())
+        assert set(pictures(trainer)) == FIGURES - {"routing_report/depth"}
+
+    def test_names_with_signs_of_formulas(self, tmp_path: Path) -> None:
+        rows = data(softmax_rows(8, 3), class_names=("$5_$", "a_b", "x^$", "\\frac"))
+        trainer = train(routed(3), rows, tmp_path, RoutingReport(), ExpertExamples())
+        assert {"routing_report/classes", "expert_examples/backbone.0"} <= set(pictures(trainer))
+
+    def test_an_interrupted_training_shows_its_last_evaluation(self, tmp_path: Path) -> None:
+        class Interrupt(Callback):
+            def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+                if trainer.global_step == 6:
+                    raise RuntimeError("on purpose")
+
+        logger = TensorBoardLogger(tmp_path)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(
+                routed(3), data(softmax_rows(8, 3)), tmp_path, RoutingReport(), Interrupt(), logger=logger, max_epochs=3
+            )
+        read = EventAccumulator(logger.log_dir).Reload()
+        assert [event.step for event in read.Images("routing_report/depth")] == [3]
+
 
 class TestNotFinite:
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -187,7 +235,7 @@ class Plain(LightningModule):
 
 class TestWhatIsMissing:
     def test_no_routed_layer(self, tmp_path: Path) -> None:
-        with warns_once("RoutingReport found no routed layer"):
+        with warns_once("the model has no routed layer (routers()): there is no routing to show"):
             trainer = train(classifier(static()), digits(), tmp_path, RoutingReport(), limit_val_batches=1)
         assert pictures(trainer) == {}
 
