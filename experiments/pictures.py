@@ -32,6 +32,10 @@ KEPT = {
     "dgconv": {"group_counts": "groups", "group_membership-backbone.layer2.1.conv2": "membership"},
 }
 PORT = 6043
+PAGES = [
+    ("custom_scalars", "_smoothingWeight=0", 1150),
+    ("histograms", "tagFilter=layer3.1.conv2", 760),
+]
 
 
 def call(folder: Path, module: str, *arguments: str) -> None:
@@ -40,18 +44,21 @@ def call(folder: Path, module: str, *arguments: str) -> None:
 
 
 def photograph(folder: Path) -> None:
-    """Keep a picture of TensorBoard's custom scalars."""
+    """Keep pictures of TensorBoard's pages."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs/condconv", "--port", str(PORT)]
     board = subprocess.Popen(command, cwd=folder)
-    options = webdriver.ChromeOptions()
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1150"):
-        options.add_argument(flag)
+    chrome = webdriver.ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        chrome.add_argument(flag)
     try:
-        with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        with webdriver.Chrome(chrome, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
             time.sleep(15)  # for TensorBoard to read the run
-            browser.get(f"http://localhost:{PORT}/#custom_scalars&_smoothingWeight=0")
-            time.sleep(8)
-            browser.save_screenshot(str(DOCS / "custom_scalars.png"))
+            for page, options, height in PAGES:
+                browser.set_window_size(1400, height)
+                browser.get("about:blank")
+                browser.get(f"http://localhost:{PORT}/#{page}&{options}")
+                time.sleep(8)
+                browser.save_screenshot(str(DOCS / f"{page}.png"))
     finally:
         board.terminate()
 

@@ -87,7 +87,8 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     figure.colorbar(image, ax=axes, label="mean routing weight")
     for place in range(1, len(names)):
         axes.axvline(place, color="white", linewidth=3)
-    prefix, short = _shortened(names)
+    prefix, short = _shortened(list(layers))
+    short = spread(short, PANELS)
     titles = [
         name if layers[full].load.numel() <= KERNELS else f"{name}\n{KERNELS} of {layers[full].load.numel()} kernels"
         for full, name in zip(names, short, strict=True)
@@ -129,7 +130,7 @@ def examples(title: str, images: Tensor, shares: Tensor, labels: Tensor, class_n
     """
     kernels, count, _, side, _ = images.shape
     shown = min(ROWS_OF_EXAMPLES, kernels)
-    cell = round(1.4 * side)  # below each image there are two lines of text
+    cell = side + math.ceil(0.4 * (side + 2))  # below each image there are two lines of text
     canvas = np.full((shown * cell, count * (side + 2), 3), 255, dtype=np.uint8)
     inches = (0.75 * count, 0.75 * shown * cell / (side + 2))
     some = f"\n{shown} of {kernels} kernels" if shown < kernels else ""
@@ -214,7 +215,8 @@ def membership(name: str, matrix: Tensor) -> Figure:
     figure = Figure(figsize=(4.6, 4.8), layout="constrained")
     axes = figure.subplots()
     extent = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
-    axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    aspect = "equal" if max(matrix.shape) <= 4 * min(matrix.shape) else "auto"  # or one side could not be seen
+    axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent, aspect=aspect)
     axes.set(xlabel="channel of the input", ylabel="channel of the output")
     some = f", averaged over {steps[0]}x{steps[1]} channels" if max(steps) > 1 else ""
     axes.set_title(f"{_ending(name, 32)}\nblack is connected{some}", fontsize=9)

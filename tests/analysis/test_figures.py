@@ -155,6 +155,11 @@ class TestNamesOfLayers:
             (["a.conv", "b.conv"], "", ["a.conv", "b.conv"]),
             (["net.body.conv"], "", ["net.body.conv"]),
             (["", "conv"], "", ["", "conv"]),
+            (
+                ["twenty_eight_characters.body.a", "twenty_eight_characters.body.b"],
+                " of twenty_eight_characters.body",
+                ["a", "b"],
+            ),
         ],
     )
     def test_what_they_have_in_common(
@@ -169,8 +174,8 @@ class TestNamesOfLayers:
         assert ticks(axis(names)) == ["...ty_characters.abc", "...twenty_characters", "..._one_characters.1"]
 
     def test_those_that_would_be_alike_are_numbered(self, axis: Callable[[list[str]], Axis]) -> None:
-        names = [f"stage{number}.a_long_name_of_a_block.conv" for number in (1, 2)]
-        assert ticks(axis(names)) == ["0 ...e_of_a_block.conv", "1 ...e_of_a_block.conv"]
+        names = ["a", *(f"stage{number}.a_long_name_of_a_block.conv" for number in range(1, 41))]
+        assert ticks(axis(names)) == ["0 a", *(f"{number} ...e_of_a_block.conv" for number in range(2, 41, 2))]
 
     def test_long_prefixes_are_shortened(self, axis: Callable[[list[str]], Axis]) -> None:
         names = [f"a_network.inside_of_another.inside_of_one_more.{number}" for number in (1, 2)]
@@ -207,14 +212,29 @@ class TestClasses:
         assert ticks(axes.xaxis) == ["net.a"]
         assert axes.get_xlabel() == "layer, and in each its kernels"
         assert_allclose(mesh(axes), [[1.0], [0.25], [0.5]])
+        assert axes.collections[0].get_coordinates()[0, :, 0].tolist() == [0, 1]
 
     def test_fewer_names_than_classes(self) -> None:
         (axes, _) = figures.classes({"a": of_classes([[1.0], [0.25], [0.5]])}, ["cat"]).axes
         assert ticks(axes.yaxis) == ["cat", "1", "2"]
 
-    def test_negative_weights(self) -> None:
-        (axes, _) = figures.classes({"a": of_classes([[-0.5, 0.25], [0.25, -0.75]])}).axes
-        assert axes.collections[0].get_clim() == pytest.approx((-0.75, 0.25))
+    @pytest.mark.parametrize(
+        ("means", "limits"),
+        [
+            ([[-0.5, 0.25], [0.25, -0.75]], (-0.75, 0.25)),
+            ([[-0.5, -0.25], [-0.75, -1.0]], (-1, -0.25)),
+            ([[NAN, NAN], [0.5, 0.25]], (0, 0.5)),
+        ],
+    )
+    def test_colours(self, means: list[list[float]], limits: tuple[float, float]) -> None:
+        (axes, _) = figures.classes({"a": of_classes(means)}).axes
+        assert axes.collections[0].get_clim() == pytest.approx(limits)
+
+    @pytest.mark.parametrize("mean", [NAN, 0.0])
+    def test_nothing_to_tell_apart(self, mean: float) -> None:
+        figure = figures.classes({"a": of_classes([[mean] * 2] * 3)})
+        figures.pixels(figure)
+        assert_allclose(mesh(figure.axes[0]), [[mean] * 2] * 3)
 
     def test_those_that_differ_most(self) -> None:
         """Of 34 classes, 5 are all but alike in layer a and 12 has no images, but 17 has another mean in layer b."""
@@ -241,12 +261,26 @@ class TestClasses:
         (axes, _) = figures.classes({"net.a": of_classes([[0.1, 0.2, 0.3]] * 4), "net.b": of_classes(means)}).axes
         assert ticks(axes.xaxis) == ["a", "b\n64 of 70 kernels"]
         assert_allclose(mesh(axes)[:, 3:], means[:, :64], rtol=1e-6)
+        assert_allclose(axes.collections[0].get_coordinates()[0, 3:, 0], np.linspace(1, 2, 65))
 
     def test_layers_from_all_depths(self) -> None:
         layers = {f"net.{number}": of_classes([[number, 0.5]] * 3) for number in range(12)}
         (axes, _) = figures.classes(layers).axes
         assert ticks(axes.xaxis) == ["0", "2", "4", "7", "9", "11"]
         assert mesh(axes)[1, ::2].tolist() == [0, 2, 4, 7, 9, 11]
+        assert axes.get_title() == "Mean routing weights by class in 6 of 12 layers"
+
+    def test_long_names_of_layers(self) -> None:
+        names = [f"a_network.inside_of_another.inside_of_one_more.{end}.a_long_name_of_a_block" for end in "ab"]
+        (axes, _) = figures.classes(dict.fromkeys(names, of_classes([[1.0]] * 2))).axes
+        assert ticks(axes.xaxis) == ["0 ...g_name_of_a_block", "1 ...g_name_of_a_block"]
+        assert axes.get_xlabel() == "layer of ...nother.inside_of_one_more, and in each its kernels"
+
+    def test_numbers_are_those_of_all_layers(self) -> None:
+        """As in the other figures, or one number would stand for two layers."""
+        names = [f"net.{number}.a_long_name_of_a_block" for number in range(12)]
+        (axes, _) = figures.classes(dict.fromkeys(names, of_classes([[1.0]] * 2))).axes
+        assert [text.split()[0] for text in ticks(axes.xaxis)] == ["0", "2", "4", "7", "9", "11"]
 
 
 def test_similarity() -> None:
@@ -309,6 +343,26 @@ class TestExamples:
         assert len(axes.texts) == 16
         assert np.array_equal(axes.images[0].get_array()[15 * 7 : 15 * 7 + 5, :5], images[15, 0].permute(1, 2, 0))
 
+    def test_long_title(self) -> None:
+        figure = figures.examples("0123456789." * 5, pictures(1, 1, 3, 8, 8), torch.ones(1, 1), torch.ones(1, 1))
+        assert self.title(figure).startswith(f"...{('0123456789.' * 5)[-29:]}\nclass")
+
+    @pytest.mark.parametrize("side", [28, 48])
+    @pytest.mark.parametrize(("kernels", "count"), [(1, 1), (2, 24), (17, 1)])
+    def test_texts_are_outside_of_the_images(self, kernels: int, count: int, side: int) -> None:
+        images, shape = pictures(kernels, count, 3, side, side), (kernels, count)
+        figure = figures.examples("a", images, torch.rand(shape), torch.zeros(shape), ["a class"])
+        figures.pixels(figure)
+        (axes,), (title,) = figure.axes, figure.texts
+        box, canvas = axes.get_window_extent(), axes.images[0].get_array()
+        assert title.get_window_extent().y0 >= box.y1
+        assert box.width / box.height == pytest.approx(canvas.shape[1] / canvas.shape[0])  # pixels are square
+        cell = len(canvas) // min(16, kernels)
+        for number, text in enumerate(axes.texts):
+            lowest, highest = text.get_window_extent().transformed(axes.transData.inverted()).intervaly  # y goes down
+            row = number // count
+            assert row * cell + side - 0.5 <= highest < lowest <= (row + 1) * cell - 0.5
+
 
 MOST = {"net.a": 4, "net.b": 16, "net.c": 9}
 
@@ -356,11 +410,15 @@ class TestGroupCounts:
         """None are left where nothing is connected."""
         counts = {name: [count] * epochs for name, count in history.items()}
         figure = figures.group_counts(counts, range(epochs), dict.fromkeys(history, 6))
+        figures.pixels(figure)
         assert [width for width, _ in self.bars(figure.axes[epochs - 1])[1]] == list(history.values())
+        for bar in figure.axes[2:]:
+            assert ticks(bar.yaxis) == ["1", "2"]
+            assert ticks(figure.axes[0].xaxis) == ["0", "1"]  # whole epochs
 
 
 class TestMembership:
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64, torch.bfloat16])
     def test_small(self, dtype: torch.dtype) -> None:
         matrix = torch.block_diag(torch.ones(2, 3), torch.ones(4, 1))
         (axes,) = figures.membership("net.conv", matrix.to(dtype)).axes
@@ -372,7 +430,8 @@ class TestMembership:
         assert tuple(image.get_extent()) == (-0.5, 3.5, 5.5, -0.5)
 
     @pytest.mark.parametrize(
-        ("shape", "steps"), [((600, 514), (2, 2)), ((513, 40), (2, 1)), ((7, 1030), (1, 3)), ((512, 512), (1, 1))]
+        ("shape", "steps"),
+        [((600, 514), (2, 2)), ((513, 40), (2, 1)), ((7, 1030), (1, 3)), ((1025, 513), (3, 2)), ((512, 512), (1, 1))],
     )
     def test_large(self, shape: tuple[int, int], steps: tuple[int, int]) -> None:
         matrix = torch.randint(2, shape).float().requires_grad_()
@@ -384,6 +443,11 @@ class TestMembership:
         some = f", averaged over {steps[0]}x{steps[1]} channels" if max(steps) > 1 else ""
         assert axes.get_title() == f"a\nblack is connected{some}"
         assert tuple(axes.images[0].get_extent()) == (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_channels_have_whole_numbers(self, size: int) -> None:
+        (axes,) = figures.membership("a", torch.eye(size)).axes
+        assert ticks(axes.xaxis) == ticks(axes.yaxis) == [str(channel) for channel in range(size)]
 
     def test_long_name(self) -> None:
         (axes,) = figures.membership("0123456789." * 5, torch.eye(3)).axes
@@ -445,7 +509,9 @@ def classes(count: int, kernels: Sequence[int], kinds: int, names: Names) -> Fig
 
 
 def class_names(kinds: int, names: Names) -> list[str]:
-    return [f"a class with quite a long name {kind}" if names is long else f"class {kind}" for kind in range(kinds)]
+    return [
+        f"{'a class with a very long name ' * 5}{kind}" if names is long else f"class {kind}" for kind in range(kinds)
+    ]
 
 
 def similarity(count: int, names: Names) -> Figure:
@@ -465,17 +531,17 @@ def group_counts(count: int, epochs: Sequence[int], names: Names) -> Figure:
     return figures.group_counts(history, epochs, dict.fromkeys(history, 512))
 
 
-def membership(size: int, names: Names) -> Figure:
-    return figures.membership(names(1)[0], torch.eye(size))
+def membership(outputs: int, inputs: int, names: Names) -> Figure:
+    return figures.membership(names(1)[0], torch.eye(outputs, inputs))
 
 
 CASES: dict[Callable[..., Figure], list[tuple[Any, ...]]] = {
-    depth: [(1, [1]), (3, [2, 3, 5]), (60, [20])],
-    classes: [(1, [1], 4), (1, [4], 1000), (2, [4], 31), (3, [2, 3, 5], 4), (3, [100, 2, 2], 4), (60, [20], 1000)],
-    similarity: [(2,), (3,), (60,)],
-    examples: [(1, 1, 8), (4, 3, 48), (3, 8, 32), (20, 24, 16)],
-    group_counts: [(1, [7]), (2, [0, 1]), (3, [0, 1, 5]), (60, [0]), (60, range(90))],
-    membership: [(3,), (1100,)],
+    depth: [(1, [1]), (3, [100, 2]), (60, [20])],
+    classes: [(1, [1], 1), (1, [4], 1000), (2, [4], 31), (3, [100, 2], 4), (60, [100, 2], 1000)],
+    similarity: [(2,), (60,)],
+    examples: [(1, 1, 8), (1, 24, 48), (16, 1, 32), (20, 8, 16)],
+    group_counts: [(1, [7]), (2, [0, 1]), (60, [0]), (60, range(90))],
+    membership: [(1, 1), (64, 3), (1100, 40), (1100, 1100)],
 }
 
 

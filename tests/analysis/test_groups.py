@@ -117,7 +117,9 @@ class TestGates:
 
     def test_where_gradients_are_off(self) -> None:
         """As in callbacks while a network is evaluated."""
-        layer = DGConv2d(8, 12, 3)
+        layer, conv = Layer(), DGConv2d(8, 12, 3)
         with torch.no_grad():
-            (found,) = gates(layer)
-        assert found is layer.gates
+            found = [*gates(layer), *gates(conv)]
+            assert gates(Layer(differentiable=False)) == gates(Layer().requires_grad_(False)) == []
+            assert not torch.is_grad_enabled()
+        assert [id(parameter) for parameter in found] == [id(layer.rows), id(layer.columns), id(conv.gates)]

@@ -106,10 +106,14 @@ class TestNotFinite:
         assert torch.equal(thumbnails(broken, 8)[[0, 2]], thumbnails(images, 8)[[0, 2]])
         assert (thumbnails(broken, 8)[1] == 0).all()
 
-    @pytest.mark.parametrize("value", [NAN, -INF])
-    def test_the_other_pixels_are_stretched(self, value: float) -> None:
+    @pytest.mark.parametrize(("value", "shown"), [(NAN, 0), (-INF, 0), (INF, 255)])
+    def test_the_other_pixels_are_stretched(self, value: float, shown: int) -> None:
         images = torch.tensor([[2.0, 3.0, value], [7.0, 4.0, 2.0]])[None, None]
-        assert thumbnails(images, 8)[0, 0].tolist() == [[0, 51, 0], [255, 102, 0]]
+        assert thumbnails(images, 8)[0, 0].tolist() == [[0, 51, shown], [255, 102, 0]]
+
+    def test_the_other_channels_are_stretched(self) -> None:
+        images = torch.tensor([[2.0, 7.0], [NAN, NAN], [3.0, 4.0]])[None, :, None]
+        assert thumbnails(images, 8)[0, :, 0].tolist() == [[0, 255], [0, 0], [51, 102]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -123,7 +127,20 @@ def test_bytes_without_a_gradient(dtype: torch.dtype, mean: float | None) -> Non
 
 
 class TestSquared:
-    @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (3, 6, 4), (2, 2, 3, 5, 5)])
+    @pytest.mark.parametrize(
+        ("image", "expected"),
+        [
+            ([[1, 2, 3]], [[1, 2, 3], [255] * 3, [255] * 3]),
+            ([[1, 2], [3, 4], [5, 6]], [[1, 2, 255], [3, 4, 255], [5, 6, 255]]),
+            ([[1, 2], [3, 4]], [[1, 2], [3, 4]]),
+        ],
+    )
+    def test_by_hand(self, image: list[list[int]], expected: list[list[int]]) -> None:
+        found = squared(torch.tensor(image, dtype=torch.uint8))
+        assert found.dtype == torch.uint8
+        assert found.tolist() == expected
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (3, 6, 4), (2, 2, 3, 5, 5), (6, 4), (0, 3, 4, 6)])
     def test_is_white_on_the_right_or_below(self, shape: tuple[int, ...]) -> None:
         images = torch.randint(200, shape, dtype=torch.uint8)
         found = squared(images)
