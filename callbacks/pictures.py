@@ -60,22 +60,21 @@ class Pictures:
         draw, self._draw = self._draw, None
         if draw is not None:
             start = time.monotonic()
-            with _no_collection(), forgiving():
+            with _nothing_else_collected(), forgiving():
                 draw()
             self._takes = time.monotonic() - start
             self._spent += self._takes
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Let garbage wait: drawing makes so many small objects that all of torch's would be gone through repeatedly."""
-    collecting = gc.isenabled()
-    gc.disable()
+def _nothing_else_collected() -> Iterator[None]:
+    """Let garbage collection look at what drawing makes alone: it makes so much that torch's would be looked at too."""
+    gc.freeze()
     try:
         yield
     finally:
-        if collecting:
-            gc.enable()
+        gc.collect()
+        gc.unfreeze()
 
 
 @contextmanager

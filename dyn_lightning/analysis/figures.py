@@ -43,7 +43,7 @@ def depth(layers: Layers) -> Figure:
     *panels, last = figure.subplots(3, 1, sharex=True, height_ratios=heights)
     for axes, (title, values) in zip(panels, curves.items(), strict=True):
         axes.plot(values, marker="o", markersize=4)
-        axes.set(ylim=(-0.05, 1.05), ylabel=title)
+        axes.set(ylim=(-0.05, 1.05), yticks=(0, 0.5, 1), ylabel=title)
         axes.grid(alpha=0.3)
         if all(map(math.isnan, values)):
             axes.text(0.5, 0.5, "nothing to measure", ha="center", transform=axes.transAxes)
@@ -215,8 +215,9 @@ def membership(name: str, matrix: Tensor) -> Figure:
     figure = Figure(figsize=(4.6, 4.8), layout="constrained")
     axes = figure.subplots()
     extent = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
-    aspect = "equal" if max(matrix.shape) <= 4 * min(matrix.shape) else "auto"  # or one side could not be seen
-    axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent, aspect=aspect)
+    axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    if max(matrix.shape) > 4 * min(matrix.shape):
+        axes.set_aspect("auto")  # or one side could not be seen
     axes.set(xlabel="channel of the input", ylabel="channel of the output")
     some = f", averaged over {steps[0]}x{steps[1]} channels" if max(steps) > 1 else ""
     axes.set_title(f"{_ending(name, 32)}\nblack is connected{some}", fontsize=9)

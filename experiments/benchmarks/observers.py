@@ -1,8 +1,8 @@
 """What the observers cost: ``python -m experiments.benchmarks.observers``.
 
 The quickstart with and without the default set of observers (the temperature is annealed in both), the whole process
-and the part of it that trains and tests; and the validation of 10,000 images of 32 px by a ResNet-20, 18 of its
-layers dynamic, with and without RoutingReport, whose figures are drawn each time. Interleaved, median of several rounds.
+and the part of it that trains and tests; and the validation of 10,000 images of 32 px by a ResNet-20, 18 of its layers
+dynamic, with and without RoutingReport, whose figures are drawn each time. Interleaved, median of several rounds.
 """
 
 import json

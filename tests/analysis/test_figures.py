@@ -300,24 +300,24 @@ def pictures(*shape: int) -> Tensor:
 
 class TestExamples:
     def test_by_hand(self) -> None:
-        """Three kernels, two images of 5 x 5 pixels: 2 rows for the text and 2 columns are between them."""
+        """Three kernels, two images of 5 x 5 pixels: 3 rows for the text and 2 columns are between them."""
         images, shares = pictures(3, 2, 3, 5, 5), torch.tensor([[0.9, 0.8], [0.75, NAN], [0.5, 0.251]])
         labels = torch.tensor([[1, 0], [-1, 1], [0, 2]])
         figure = figures.examples("net.conv", images, shares, labels, ["cat", "animal of the night"])
         (axes,) = figure.axes
         canvas = axes.images[0].get_array()
-        assert canvas.shape == (3 * 7, 2 * 7, 3)
+        assert canvas.shape == (3 * 8, 2 * 7, 3)
         for row, column in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
-            part = canvas[7 * row : 7 * row + 5, 7 * column : 7 * column + 5]
+            part = canvas[8 * row : 8 * row + 5, 7 * column : 7 * column + 5]
             assert np.array_equal(part, images[row, column].permute(1, 2, 0))
         assert (canvas.min(2) < 255).sum() == 5 * 5 * 5  # the rest is white, also where the share is NaN
         assert texts(axes) == ["...e night\n0.90", "cat\n0.80", "0.75", "cat\n0.50", "2\n0.25"]
-        places = [(2.5, 5), (9.5, 5), (2.5, 12), (2.5, 19), (9.5, 19)]
+        places = [(2.5, 5), (9.5, 5), (2.5, 13), (2.5, 21), (9.5, 21)]
         assert [text.get_position() for text in axes.texts] == places
         assert self.title(figure) == "net.conv\nclass and the kernel's share of the weights"
         assert axes.get_ylabel() == "kernel"
         assert ticks(axes.yaxis) == ["0", "1", "2"]
-        assert list(axes.get_yticks()) == [2.5, 9.5, 16.5]
+        assert list(axes.get_yticks()) == [2.5, 10.5, 18.5]
 
     def title(self, figure: Figure) -> str:
         (text,) = figure.texts
@@ -341,7 +341,7 @@ class TestExamples:
         assert self.title(figure).startswith(f"a{said}\nclass")
         assert ticks(axes.yaxis) == [str(kernel) for kernel in range(16)]
         assert len(axes.texts) == 16
-        assert np.array_equal(axes.images[0].get_array()[15 * 7 : 15 * 7 + 5, :5], images[15, 0].permute(1, 2, 0))
+        assert np.array_equal(axes.images[0].get_array()[15 * 8 : 15 * 8 + 5, :5], images[15, 0].permute(1, 2, 0))
 
     def test_long_title(self) -> None:
         figure = figures.examples("0123456789." * 5, pictures(1, 1, 3, 8, 8), torch.ones(1, 1), torch.ones(1, 1))

@@ -48,7 +48,7 @@ class TestFigure:
         for kernel in range(3):
             for place in range(2):
                 image = rows.val_set[int(found[kernel, place])][0][0].numpy()
-                tile = canvas[kernel * 11 :, place * (8 + 2) :][:8, :8, 0]
+                tile = canvas[kernel * 12 :, place * (8 + 2) :][:8, :8, 0]
                 np.testing.assert_allclose(tile / 255, image / image.max(), atol=0.51 / 255)
                 assert f"{names[int(found[kernel, place]) % 4]}\n{best[kernel, place]:.2f}" in texts(figure)
 
