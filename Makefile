@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-all lint
 
 quickstart: .venv/.run
 	$(BIN)/python -m dyn_lightning.fit --config experiments/quickstart.yaml
 
 test: .venv/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.test
 	$(BIN)/python -m pytest
 
 lint: .venv/.test

@@ -204,6 +204,7 @@ def test_shapes_are_those_of_the_networks() -> None:
     assert found[160, 960, 1, 1, 0, 1, 1] == ["MobileNetV2, 32 px"]
 
 
+@pytest.mark.slow
 def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(growth, "NETWORK", "MobileNetV2 x0.5")
     monkeypatch.setattr(growth, "KERNELS", (1, 2, 3))
@@ -259,6 +260,7 @@ def test_bad_options(arguments: list[str], says: str, capsys: pytest.CaptureFixt
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--networks", "MobileNetV2 x0.5", "--sizes", "32", "--batch", "2", "--rounds", "1"]
     main(["networks", *options, "--out", str(tmp_path)])

@@ -58,6 +58,7 @@ def observed(run: Path) -> dict[str, dict[int, float]]:
 
 
 class TestQuickstart:
+    @pytest.mark.slow
     def test_learns_the_digits(self, tmp_path: Path) -> None:
         printed = succeeds(tmp_path, "--config", str(ROOT / "experiments" / "quickstart.yaml"))
         run = tmp_path / "runs" / "quickstart" / "version_0"
@@ -132,7 +133,7 @@ class TestResume:
         [
             pytest.param([], id="from the last epoch"),
             pytest.param(MID_EPOCH, id="from the middle of an epoch"),
-            pytest.param([*MID_EPOCH, "--data.num_workers", "1"], id="with a worker"),
+            pytest.param([*MID_EPOCH, "--data.num_workers", "1"], id="with a worker", marks=pytest.mark.slow),
         ],
     )
     def test_equals_a_run_that_was_never_stopped(
@@ -170,6 +171,7 @@ class TestResume:
         assert checkpoint(folder / "runs" / "whole" / "version_1")["global_step"] == 76
         assert {path: path.read_bytes() for path in sorted(old.rglob("*")) if path.is_file()} == before
 
+    @pytest.mark.slow
     def test_last_is_found_after_the_folder_moved_and_the_option_changed(self, folder: Path, tmp_path: Path) -> None:
         shutil.copytree(folder / "runs" / "whole" / "version_0", tmp_path / "runs" / "whole" / "version_0")
         common = ["--config", str(folder / "small.yaml"), "--name", "whole", *RANDOM, "--ckpt_path", "last"]
@@ -178,6 +180,7 @@ class TestResume:
         run = RunFolder.newest(tmp_path / "runs", "whole")
         assert torch.load(run.last(), weights_only=True)["global_step"] == 95
 
+    @pytest.mark.slow
     def test_best_and_a_start_that_failed_before_its_first_checkpoint(self, folder: Path, tmp_path: Path) -> None:
         shutil.copytree(folder / "runs" / "whole" / "version_0", tmp_path / "runs" / "whole" / "version_0")
         (tmp_path / "runs" / "whole" / "version_1").mkdir()
