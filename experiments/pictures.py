@@ -34,7 +34,7 @@ KEPT = {
 PORT = 6043
 PAGES = [
     ("custom_scalars", "_smoothingWeight=0", 1150),
-    ("histograms", "tagFilter=layer3.1.conv2", 760),
+    ("histograms", "tagFilter=layer3.1.conv2", 1000),
 ]
 
 
