@@ -9,7 +9,8 @@ from torch import Tensor
 from dyn_lightning.analysis import figures
 from dyn_lightning.analysis.statistics import shares
 from dyn_lightning.callbacks.batches import class_names
-from dyn_lightning.callbacks.pictures import log_figure, say_once, step_of, takes_pictures
+from dyn_lightning.callbacks.notices import say_once
+from dyn_lightning.callbacks.pictures import log_figure, step_of, takes_pictures
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.checks import check_count
 

@@ -1,7 +1,6 @@
 """How the groups of channels change while layers learn them, as in DGConv's paper (arXiv 1908.05867)."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from dyn_lightning.analysis import figures
 from dyn_lightning.analysis.groups import count_groups, gates
-from dyn_lightning.callbacks.pictures import Pictures, log_figure, say_once, say_without_pictures, step_of
-from dyn_lightning.checks import check_count
+from dyn_lightning.callbacks.notices import say_once, say_without_pictures
+from dyn_lightning.callbacks.pictures import Pictures, log_figure, step_of
+from dyn_lightning.checks import check_count, check_globs, matches
 from dyn_lightning.protocols import Grouped, named_layers
 
 MOST_GATES = 16  # that are logged one by one; of more in a layer the least, the mean and the most are
@@ -61,12 +61,9 @@ class GroupTracker(Callback):
         """Say once if there are no layers to follow, or nowhere to draw."""
         self.pictures.begin()
         names = [name for name, _ in named_layers(pl_module, Grouped)]
-        for glob in self.layers or []:
-            if names and not any(fnmatchcase(name, glob) for name in names):
-                raise ValueError(
-                    f"layers={glob!r} matches no layer that learns its groups; there are {', '.join(names)}"
-                )
-        if not names:
+        if names:
+            check_globs("layers", self.layers or [], names, "layer that learns its groups")
+        else:
             say_once(trainer, "GroupTracker found no layer that learns its groups (membership()) in the model")
         say_without_pictures(trainer)
 
@@ -154,12 +151,10 @@ class GroupTracker(Callback):
             title += f"; the budget is {1 / divisor:.1%}"
         draw = partial(figures.group_counts, self._counts, self._epochs, most, title)
         log_figure(trainer, "group_counts", draw, step)
-        shown = [name for name in matrices if self._wants(name)]
-        for name in shown if self.layers else figures.spread(shown, LAYERS):
+        names = list(matrices)
+        shown = figures.spread(names, LAYERS) if self.layers is None else [n for n in names if matches(n, self.layers)]
+        for name in shown:
             log_figure(trainer, f"group_membership/{name}", partial(figures.membership, name, matrices[name]), step)
-
-    def _wants(self, layer: str) -> bool:
-        return self.layers is None or any(fnmatchcase(layer, glob) for glob in self.layers)
 
     def _signs(self) -> Tensor:
         values = [gate.detach().flatten() for layer in self._gates.values() for gate in layer]

@@ -4,7 +4,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,11 +11,9 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dyn_lightning.analysis.figures import pixels
-from dyn_lightning.protocols import Routed, named_layers
 
 # While a network trains, the pictures of one callback take about this part of the time, and the first of them are
 # expected to take so many seconds.
@@ -27,7 +24,7 @@ class Pictures:
     """Draws now, or remembers what to draw until the end of the training.
 
     Args:
-        every: draw each so-manieth time; infinity draws at the end alone, None as often as takes 0.5 % of the time.
+        every: draw one of so many times; infinity draws at the end alone, None as often as takes 0.5 % of the time.
     """
 
     def __init__(self, every: float | None) -> None:
@@ -121,35 +118,3 @@ def log_figure(trainer: Trainer, tag: str, draw: Callable[[], Figure], step: int
     """Draw a figure, and give it to each logger that takes pictures."""
     with forgiving():
         log_image(trainer, tag, pixels(draw()), step)
-
-
-_said: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
-
-
-def say_once(trainer: Trainer, text: str) -> None:
-    """Warn once a trainer, whatever the number of callbacks that say it."""
-    said = _said.setdefault(trainer, set())
-    if text not in said:
-        said.add(text)
-        rank_zero_warn(text)
-
-
-def say_without_routed_layers(trainer: Trainer, model: nn.Module) -> None:
-    """Say once if there is nothing to see."""
-    if not dict(named_layers(model, Routed)):
-        say_once(trainer, "the model has no routed layer (routers()): there is no routing to show")
-
-
-def say_without_pictures(trainer: Trainer) -> None:
-    """Say once if there is nowhere to draw."""
-    if not takes_pictures(trainer):
-        have = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
-        say_once(
-            trainer, f"no pictures are drawn, since no logger takes them (there is {have}): add a TensorBoardLogger"
-        )
-
-
-def say_without_tensorboard(trainer: Trainer) -> None:
-    """Say once if pictures are drawn, but there is no TensorBoard."""
-    if takes_pictures(trainer) and not writers(trainer):
-        say_once(trainer, "histograms, the projector and the layout of the scalars need a TensorBoardLogger")

@@ -7,13 +7,13 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dyn_lightning.callbacks.not_finite import NotFinite
-from dyn_lightning.callbacks.pictures import (
+from dyn_lightning.callbacks.notices import (
+    NotFinite,
     say_without_pictures,
     say_without_routed_layers,
     say_without_tensorboard,
-    writers,
 )
+from dyn_lightning.callbacks.pictures import writers
 from dyn_lightning.checks import check_count
 from dyn_lightning.routing import watch
 

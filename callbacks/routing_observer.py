@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,9 @@ from dyn_lightning.callbacks.batches import (
     normalization,
     not_repeated,
 )
-from dyn_lightning.callbacks.pictures import Pictures, say_without_pictures, say_without_routed_layers
-from dyn_lightning.checks import check_count
+from dyn_lightning.callbacks.notices import say_without_pictures, say_without_routed_layers
+from dyn_lightning.callbacks.pictures import Pictures
+from dyn_lightning.checks import check_count, check_globs, matches
 from dyn_lightning.routing import named_routers, watch
 
 SPLITS = ("val", "test")
@@ -70,12 +70,12 @@ class RoutingObserver(Callback, ABC):
         self,
         max_images: int,
         split: str,
-        every_n_evaluations: int | None,
+        every_n_evaluations: float | None,
         side: int = 0,
         layers: list[str] | None = None,
     ) -> None:
         check_count("max_images", max_images)
-        if every_n_evaluations not in (None, math.inf):
+        if every_n_evaluations is not None and every_n_evaluations != math.inf:
             check_count("every_n_evaluations", every_n_evaluations)
         if split not in SPLITS:
             raise ValueError(f"split={split!r} must be one of {list(SPLITS)}")
@@ -102,9 +102,8 @@ class RoutingObserver(Callback, ABC):
             return
         say_without_routed_layers(trainer, pl_module)
         names = list(named_routers(pl_module))
-        for glob in self.layers or []:
-            if names and not any(fnmatchcase(name, glob) for name in names):
-                raise ValueError(f"layers={glob!r} matches no routed layer; there are {', '.join(names)}")
+        if names:
+            check_globs("layers", self.layers or [], names, "routed layer")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once if there is nowhere to draw."""
@@ -197,7 +196,8 @@ class RoutingObserver(Callback, ABC):
         self._passed += size
         chosen = (places % self._every == 0) & (places < self._most * self._every) & not_repeated(loaders, places)
         rows, rows_of = chosen.nonzero().flatten(), {}
-        wanted = {name: weights for name, weights in self._weights.items() if self._wants(name)}
+        globs = ["*"] if self.layers is None else self.layers
+        wanted = {name: weights for name, weights in self._weights.items() if matches(name, globs)}
         for device in {weights.device for weights in wanted.values()}:
             rows_of[device] = rows.to(device)
         weights = {name: w[rows_of[w.device]].float() for name, w in wanted.items() if len(w) == size}
@@ -222,9 +222,6 @@ class RoutingObserver(Callback, ABC):
             parts = [part for of_rank in everywhere for part in of_rank]
         if parts and (seen := _joined(parts)).weights:
             self.finish(trainer, pl_module, seen)
-
-    def _wants(self, layer: str) -> bool:
-        return self.layers is None or any(fnmatchcase(layer, glob) for glob in self.layers)
 
     def _tell_left_out(self, layers: set[str]) -> None:
         new = sorted(layers - self._told)

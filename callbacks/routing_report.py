@@ -7,7 +7,7 @@ from pytorch_lightning import LightningModule, Trainer
 from dyn_lightning.analysis import figures
 from dyn_lightning.analysis.statistics import DEAD_BELOW, LayerStatistics, layer_statistics, similarity
 from dyn_lightning.callbacks.batches import class_names
-from dyn_lightning.callbacks.not_finite import NotFinite
+from dyn_lightning.callbacks.notices import NotFinite
 from dyn_lightning.callbacks.pictures import log_figure, step_of
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 

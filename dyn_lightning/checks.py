@@ -1,4 +1,7 @@
-"""Checks of what users give: counts, pairs of numbers, padding, channels, batches."""
+"""Checks of what users give: counts, pairs of numbers, padding, channels, batches, globs over names."""
+
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 
 from torch import Tensor
 
@@ -84,7 +87,7 @@ def check_channels(in_channels: int, out_channels: int, groups: int) -> None:
         raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
+def check_count(name: str, value: float, least: int = 1) -> None:
     """Check a count.
 
     Raises:
@@ -94,3 +97,19 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Say whether a name matches one of the globs."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def check_globs(argument: str, globs: Iterable[str], names: Collection[str], kind: str) -> None:
+    """Check that each glob matches a name.
+
+    Raises:
+        ValueError: one matches none; the message lists the names.
+    """
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"{argument}={glob!r} matches no {kind}; there are {', '.join(names)}")

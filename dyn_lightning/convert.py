@@ -4,11 +4,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from dyn_lightning.checks import check_globs, matches
 from dyn_lightning.conv2d import SAME_PADDED, conv2d_arguments, with_kernel_size
 from dyn_lightning.fold import norms_behind
 from dyn_lightning.layers import (
@@ -202,8 +202,9 @@ def convert(
     if not convolutions:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d to replace")
     include, exclude = _as_selection(include), _as_selection(exclude)
-    _check_globs("include", include, convolutions)
-    _check_globs("exclude", exclude, convolutions)
+    for argument, selection in (("include", include), ("exclude", exclude)):
+        if isinstance(selection, list):
+            check_globs(argument, selection, convolutions, "convolution")
 
     first = _first(model)
     reasons = {
@@ -403,13 +404,7 @@ def _as_selection(selection: Selection | None) -> list[str] | Predicate | None:
 
 
 def _matches(name: str, conv: nn.Conv2d, selection: list[str] | Predicate) -> bool:
-    return selection(name, conv) if callable(selection) else any(fnmatchcase(name, glob) for glob in selection)
-
-
-def _check_globs(argument: str, selection: list[str] | Predicate | None, convolutions: dict[str, nn.Conv2d]) -> None:
-    for glob in selection if isinstance(selection, list) else []:
-        if not any(fnmatchcase(name, glob) for name in convolutions):
-            raise ValueError(f"{argument}={glob!r} matches no convolution; there are {', '.join(convolutions)}")
+    return selection(name, conv) if callable(selection) else matches(name, selection)
 
 
 def _parameters(module: nn.Module) -> int:
