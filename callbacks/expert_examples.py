@@ -15,7 +15,7 @@ from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.checks import check_count
 
 MOST = 24  # images in a row
-LAYERS = 3  # where the user names none: the first, one in the middle, the last
+LAYERS = 2  # where the user names none: the first and the last
 
 
 class ExpertExamples(RoutingObserver):
@@ -26,7 +26,7 @@ class ExpertExamples(RoutingObserver):
     were before normalisation where the data module has ``mean`` and ``std``, else each image is stretched to its range.
 
     Args:
-        layers: globs over the names of layers; None takes the first, one in the middle and the last.
+        layers: globs over the names of layers; None takes the first and the last.
         images_per_expert: how many images a kernel.
         max_images: among how many, at equal distances (see ``RoutingObserver``, also for the memory).
         side: rows and columns of an image as it is shown, at most.

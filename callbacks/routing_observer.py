@@ -171,7 +171,7 @@ class RoutingObserver(Callback, ABC):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks away, and draw what was seen before."""
-        self._watching.close()
+        self._stop()
         self.pictures.end()
 
     def _begin(self, world_size: int, length: float) -> None:
@@ -180,15 +180,22 @@ class RoutingObserver(Callback, ABC):
         self._every = max(1, math.ceil(length / self._most)) if math.isfinite(length) else 1
         self._passed = 0  # images so far
         self._kept: list[Seen] = []
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] | None = None  # of the latest batch, while the routers are watched
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, split: str, dataloader_idx: int) -> None:
         due = split == self.split and dataloader_idx == 0 and not trainer.sanity_checking
-        if due and self.wanted(trainer) and self._passed < self._most * self._every:
+        if not due or not self.wanted(trainer) or self._passed >= self._most * self._every:
+            self._stop()
+        elif self._weights is None:
             self._weights = self._watching.enter_context(watch(pl_module))
+        else:
+            self._weights.clear()
+
+    def _stop(self) -> None:
+        self._watching.close()
+        self._weights = None
 
     def _keep(self, trainer: Trainer, batch: Any, loaders: Any) -> None:
-        self._watching.close()
         if not self._weights:
             return
         size = batch_size(batch, self._weights)
@@ -209,11 +216,11 @@ class RoutingObserver(Callback, ABC):
         else:
             images = None
         self._kept.append(Seen(weights, None if labels is None else labels[rows.to(labels.device)], images))
-        self._weights = {}
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if split != self.split or trainer.sanity_checking:
             return
+        self._stop()
         parts = [_joined(self._kept)] if self._kept else []
         self._kept = []
         if trainer.world_size > 1:

@@ -1,6 +1,9 @@
 """What the routing weights of an evaluation say about each layer, in scalars and figures."""
 
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import fmean
 
 from pytorch_lightning import LightningModule, Trainer
 
@@ -11,16 +14,29 @@ from dyn_lightning.callbacks.notices import NotFinite
 from dyn_lightning.callbacks.pictures import log_figure, step_of
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 
+# The scalars of a layer.
+KINDS: dict[str, Callable[[LayerStatistics], float]] = {
+    "entropy": lambda each: each.relative_entropy,
+    "entropy_bits": lambda each: each.entropy,
+    "largest": lambda each: each.largest,
+    "balance": lambda each: each.balance,
+    "dead": lambda each: len(each.dead),
+    "classes": lambda each: each.explained,
+    "not_finite_images": lambda each: each.not_finite,
+}
+
 
 class RoutingReport(RoutingObserver):
     """Logs, after each evaluation, how the layers route images.
 
-    Scalars: ``routing_images`` (how many were looked at), and of each layer ``routing_entropy`` (over log2 K: 1 where
-    all kernels are equal, 0 where one has all), ``routing_entropy_bits``, ``routing_largest`` (share of an image's
-    largest kernel), ``routing_balance`` (part of the kernels in use), ``routing_dead`` (kernels that no image uses),
-    ``routing_classes`` (how much of the variance the classes explain; where there are labels) and
-    ``routing_not_finite_images``; see ``LayerStatistics``. Figures: ``routing_report/depth`` (entropy, difference
-    between classes and load of the kernels), ``similarity`` and ``classes``.
+    Scalars: ``routing_images`` (how many were looked at), and of each layer, as ``routing_entropy/LAYER`` and so on,
+    ``routing_entropy`` (over log2 K: 1 where all kernels are equal, 0 where one has all), ``routing_entropy_bits``,
+    ``routing_largest`` (share of an image's largest kernel), ``routing_balance`` (part of the kernels in use),
+    ``routing_dead`` (kernels that no image uses), ``routing_classes`` (how much of the variance the classes explain;
+    where there are labels) and ``routing_not_finite_images``; see ``LayerStatistics``. Without a layer's name each is
+    the mean over the layers, which callbacks like EarlyStopping can monitor, also without a logger. Figures:
+    ``routing_report/depth`` (entropy, difference between classes and load of the kernels), ``similarity`` and
+    ``classes``.
 
     While a network trains, drawing takes about 0.5 % of the time; the last evaluation is always drawn, at the end.
     Scalars go to all loggers, figures to TensorBoard's and those with ``log_image(key, images, step)``.
@@ -51,7 +67,7 @@ class RoutingReport(RoutingObserver):
         self._not_finite = NotFinite(stop_when_not_finite)
 
     def wanted(self, trainer: Trainer) -> bool:
-        """Scalars can be monitored even without a logger."""
+        """The means can be monitored even without a logger."""
         return True
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, seen: Seen) -> None:
@@ -63,8 +79,13 @@ class RoutingReport(RoutingObserver):
             for name, weights in seen.weights.items()
         }
         images = len(next(iter(seen.weights.values())))
-        for tag, value in {"routing_images": float(images), **_scalars(layers)}.items():
-            pl_module.log(tag, value, sync_dist=True)  # the same on every rank, so their mean is the value
+        scalars = {kind: _by_layer(layers, kind) for kind in KINDS}
+        means = {f"routing_{kind}": fmean(values.values()) for kind, values in scalars.items() if values}
+        # They are the same on every rank, so the mean over the ranks is the value.
+        pl_module.log_dict({"routing_images": float(images), **means}, sync_dist=True)
+        each = {f"routing_{kind}/{name}": value for kind, values in scalars.items() for name, value in values.items()}
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.log_metrics(each, step=step_of(trainer))  # by pl_module.log they would take longer than all the rest
         self._not_finite(trainer, {name: each.not_finite for name, each in layers.items()})
         self.pictures.offer(trainer, partial(self._draw, trainer, step_of(trainer), layers, seen))
 
@@ -84,18 +105,7 @@ class RoutingReport(RoutingObserver):
             log_figure(trainer, "routing_report/classes", lambda: figures.classes(layers, named), step)
 
 
-def _scalars(layers: dict[str, LayerStatistics]) -> dict[str, float]:
-    """Give the values by tag, without those that nobody knows."""
-    found: dict[str, float] = {}
-    for name, each in layers.items():
-        values = {
-            "entropy": each.relative_entropy,
-            "entropy_bits": each.entropy,
-            "largest": each.largest,
-            "balance": each.balance,
-            "dead": float(len(each.dead)),
-            "classes": each.explained,
-            "not_finite_images": float(each.not_finite),
-        }
-        found |= {f"routing_{key}/{name}": value for key, value in values.items() if value == value}
-    return found
+def _by_layer(layers: Mapping[str, LayerStatistics], kind: str) -> dict[str, float]:
+    """Give one scalar of each layer, without those that nobody knows."""
+    values = {name: KINDS[kind](each) for name, each in layers.items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}

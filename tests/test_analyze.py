@@ -54,7 +54,7 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
 def logged(run: Path, epoch: int) -> dict[str, float]:
     """Give what the training logged of an evaluation."""
     with (run / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["routing_images"]]
+        rows = [row for row in csv.DictReader(file) if row[f"routing_entropy/{ROUTED[0]}"]]
     return {name: float(value) for name, value in rows[epoch].items() if value}
 
 

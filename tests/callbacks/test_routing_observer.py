@@ -214,15 +214,17 @@ class TestHooks:
     def hooks(self, model: nn.Module) -> int:
         return sum(len(router._forward_hooks) for router in named_routers(model).values())
 
-    def test_are_gone_after_each_batch(self, tmp_path: Path) -> None:
+    def test_are_gone_after_each_evaluation(self, tmp_path: Path) -> None:
         counts, model = [], routed(3)
 
         class Count(Callback):
             def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
                 counts.append(TestHooks().hooks(model))
 
-        train(model, data(softmax_rows(5, 3)), tmp_path, Notes(), Count())
-        assert counts == [0, 0]
+            on_validation_end = on_train_batch_start = on_validation_batch_end
+
+        train(model, data(softmax_rows(5, 3)), tmp_path, Notes(), Count(), max_epochs=2, limit_train_batches=2)
+        assert counts == [0, 0, 1, 1, 0] * 2
 
     def test_are_gone_after_an_exception(self, tmp_path: Path) -> None:
         model = routed(3)

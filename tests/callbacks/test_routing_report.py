@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -32,16 +33,17 @@ class TestScalars:
         found = {tag: values for tag, values in scalars(trainer).items() if tag.startswith("routing_")}
         load = [0.625, 0.125, 0.125, 0.125]
         in_use = 2 ** -sum(share * math.log2(share) for share in load) / 4
-        assert found == {
-            "routing_images": {3: 4},
-            "routing_entropy/backbone.0": {3: 0.5},
-            "routing_entropy_bits/backbone.0": {3: 1.0},
-            "routing_largest/backbone.0": {3: 0.625},
-            "routing_balance/backbone.0": {3: pytest.approx(in_use)},
-            "routing_dead/backbone.0": {3: 0},
-            "routing_classes/backbone.0": {3: 1.0},
-            "routing_not_finite_images/backbone.0": {3: 0},
+        expected = {
+            "routing_entropy": {3: 0.5},
+            "routing_entropy_bits": {3: 1.0},
+            "routing_largest": {3: 0.625},
+            "routing_balance": {3: pytest.approx(in_use)},
+            "routing_dead": {3: 0},
+            "routing_classes": {3: 1.0},
+            "routing_not_finite_images": {3: 0},
         }
+        of_the_layer = {f"{tag}/backbone.0": values for tag, values in expected.items()}
+        assert found == {"routing_images": {3: 4}, **expected, **of_the_layer}
 
     def test_of_each_layer_after_each_epoch(self, tmp_path: Path) -> None:
         weights = [softmax_rows(7, 3), softmax_rows(7, 2)]
@@ -52,6 +54,16 @@ class TestScalars:
             values = {"entropy": expected.relative_entropy, "largest": expected.largest, "classes": expected.explained}
             for name, value in values.items():
                 assert found[f"routing_{name}/backbone.{layer}"] == {step: pytest.approx(value) for step in (3, 7)}
+
+    def test_the_mean_over_the_layers_can_be_monitored(self) -> None:
+        """Also without a logger; nothing improves, so the second epoch is the last."""
+        stop, weights = EarlyStopping("routing_entropy", patience=1), [softmax_rows(7, 3), softmax_rows(7, 2)]
+        callbacks, options = (RoutingReport(), stop), {"limit_val_batches": 1.0, "max_epochs": 4}
+        with warns_once("no pictures are drawn"):
+            trainer = fit(routed(3, 2), data(*weights), *callbacks, **options)
+        expected = [layer_statistics(each, None, 0).relative_entropy for each in weights]
+        assert trainer.callback_metrics["routing_entropy"] == pytest.approx(sum(expected) / 2)
+        assert trainer.current_epoch == 2
 
     def test_labels_that_are_not_known(self, tmp_path: Path) -> None:
         weights, names = softmax_rows(8, 3), ("ant", "bee")
