@@ -6,25 +6,23 @@ Writes PNG files, ``layers.csv``, ``run.json`` and ``index.html``, which opens w
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
 from dyn_lightning.callbacks import ExpertExamples, GroupTracker, RoutingReport
 from dyn_lightning.callbacks.default import default_observers
-from dyn_lightning.callbacks.routing_observer import SPLITS, RoutingObserver
-from dyn_lightning.cli import CLI, PROGRESS_BAR, readable_errors
-from dyn_lightning.fit import has_test_split
+from dyn_lightning.callbacks.routing_observer import RoutingObserver
+from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI, readable_errors
 from dyn_lightning.page import Page
 from dyn_lightning.protocols import Grouped, named_layers
-from dyn_lightning.record import Record, RunFolder
+from dyn_lightning.record import Record
 from dyn_lightning.routing import named_routers
 
 OBSERVERS = (RoutingReport, ExpertExamples, GroupTracker)
 
 
-class AnalyzeCLI(CLI):
+class AnalyzeCLI(CheckpointCLI):
     """Adds the folder of the analysis.
 
     Attributes:
@@ -32,13 +30,12 @@ class AnalyzeCLI(CLI):
     """
 
     program = "dyn_lightning.analyze"
-    resumes = False
+    split = "val"
     folder: Path
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is to be analysed, and where the result goes."""
+        """Add where the result goes."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--split", type=str, default="val", help="Whose images to look at: val or test.")
         parser.add_argument(
             "--output",
             type=str | None,
@@ -48,29 +45,16 @@ class AnalyzeCLI(CLI):
 
     def find_checkpoint(self, root: Path) -> None:
         """Find what to analyse, and a folder for the result, without creating it."""
-        config = self.config
-        if config.split not in SPLITS:
-            raise ValueError(f"--split {config.split} does not exist, choose one of {', '.join(SPLITS)}")
-        which = config.ckpt_path or "best"
-        self.checkpoint = self._run(root).checkpoint(which) if which in ("last", "best") else Path(which)
-        run = self.checkpoint.parent.parent if self.checkpoint.parent.name == "checkpoints" else Path()
-        self.folder = RunFolder(run).unused("analysis") if config.output is None else Path(config.output)
+        super().find_checkpoint(root)
+        output = self.config.output
+        self.folder = self.run.unused("analysis") if output is None else Path(output)
         first = getattr(rank_zero_only, "rank", 0) == 0  # the others come when the folder is made
         if first and (self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()))):
             raise ValueError(f"--output {self.folder}: it exists already, and nothing is overwritten")
 
-    def _run(self, root: Path) -> RunFolder:
-        """Find the run that the configuration file lies in, or else the newest of its name."""
-        for path in reversed(self.config.config or []):
-            run = RunFolder(Path(str(path)).parent)
-            if run.last() is not None:
-                return run
-        return RunFolder.newest(root, self.config.name)
-
     def claim_folder(self) -> None:
         """Create the folder; rank 0 does it for all."""
-        if self.config.split == "test" and not has_test_split(self.datamodule):
-            raise ValueError(f"--split test: the data ({type(self.datamodule).__name__}) have none, choose val")
+        super().claim_folder()
         if not named_routers(self.model) and not dict(named_layers(self.model, Grouped)):
             raise ValueError(
                 "there is nothing to show: the model has no layer that routes images (routers()) or learns groups "
@@ -88,9 +72,7 @@ class AnalyzeCLI(CLI):
         self.parser.callback_keys.clear()
         given = [callback for callback in callbacks if isinstance(callback, (*OBSERVERS, PROGRESS_BAR))]
         observers = [each for each in default_observers(self.model, given) if isinstance(each, OBSERVERS)]
-        assert self.checkpoint is not None
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(saved["state_dict"])
+        saved = self.load_weights()
         for callback in (*given, *observers):
             if isinstance(callback, RoutingObserver):
                 callback.split = self.config.split

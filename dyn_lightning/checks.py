@@ -1,5 +1,6 @@
-"""Checks of what users give: counts, pairs of numbers, padding, channels, batches, globs over names."""
+"""Checks of what users give: counts, pairs of numbers, padding, channels, batches, names."""
 
+import difflib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
@@ -113,3 +114,16 @@ def check_globs(argument: str, globs: Iterable[str], names: Collection[str], kin
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"{argument}={glob!r} matches no {kind}; there are {', '.join(names)}")
+
+
+def unknown(name: str, known: Iterable[str], kind: str = "key") -> str:
+    """Say that a name does not exist, and which does.
+
+    Example:
+        >>> unknown("trainer.max_epoch", ["trainer.max_epochs", "seed"])
+        "there is no key 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+    return f"there is no {kind} {name!r}{hint}"

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import difflib
 import inspect
 import itertools
 import os
@@ -11,7 +10,7 @@ import shutil
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,18 @@ from typing import Any
 import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 import dyn_lightning.callbacks
 import dyn_lightning.data
 from dyn_lightning.callbacks.default import default_observers
+from dyn_lightning.callbacks.routing_observer import SPLITS
+from dyn_lightning.checks import unknown
 from dyn_lightning.classifier import ImageClassifier
 from dyn_lightning.models.backbone import import_object
 from dyn_lightning.record import RunFolder
@@ -143,9 +145,7 @@ class CLI(LightningCLI, ABC):
     def instantiate_classes(self) -> None:
         """Build the data, then the model with the data's numbers, then the trainer."""
         config = self.config
-        data_parser = LightningArgumentParser()
-        data_parser.add_subclass_arguments(LightningDataModule, "data")
-        self.datamodule = data_parser.instantiate_classes(Namespace(data=config.data)).data
+        self.datamodule = self.build_data()
         take_from_data(config.model, self.datamodule)
         self.config_init = self.parser.instantiate_classes(Namespace({**vars(config), "data": self.datamodule}))
         self.model = self.config_init.model
@@ -161,6 +161,12 @@ class CLI(LightningCLI, ABC):
             self.give_folder_back()
             raise
 
+    def build_data(self) -> LightningDataModule:
+        """Build the data that the configuration says."""
+        parser = LightningArgumentParser()
+        parser.add_subclass_arguments(LightningDataModule, "data")
+        return parser.instantiate_classes(Namespace(data=self.config.data)).data
+
     def _build_trainer(self) -> Trainer:
         trainer = self.config_init.trainer
         callbacks = trainer.callbacks or []
@@ -170,6 +176,61 @@ class CLI(LightningCLI, ABC):
         if self.config.observe and trainer.logger is not False and not trainer.fast_dev_run:
             callbacks += default_observers(self.model, callbacks)
         return self.instantiate_trainer(**self.trainer_options(callbacks))
+
+
+class CheckpointCLI(CLI):
+    """Looks at a checkpoint without training it; an entry point says what is looked at.
+
+    Attributes:
+        split: whose images, ``val`` or ``test``, where the user says nothing.
+        run: the folder of the checkpoint's run, or the current one if it is in none.
+    """
+
+    resumes = False
+    split: str
+    run: RunFolder
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is looked at."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--split", type=str, default=self.split, help="Whose images to look at: val or test.")
+
+    def find_checkpoint(self, root: Path) -> None:
+        """Find the checkpoint, by default the best one of the run."""
+        if self.config.split not in SPLITS:
+            raise ValueError(f"--split {self.config.split} does not exist, choose one of {', '.join(SPLITS)}")
+        which = self.config.ckpt_path or "best"
+        self.checkpoint = self._newest(root).checkpoint(which) if which in ("last", "best") else Path(which)
+        of_a_run = self.checkpoint.parent.name == "checkpoints"
+        self.run = RunFolder(self.checkpoint.parent.parent if of_a_run else Path())
+
+    def claim_folder(self) -> None:
+        """Check that there is something to look at."""
+        if self.config.split == "test" and not has_test_split(self.datamodule):
+            raise ValueError(f"--split test: the data ({type(self.datamodule).__name__}) have none, choose val")
+
+    def give_folder_back(self) -> None:
+        """Leave everything as it is: nothing was made."""
+
+    def load_weights(self) -> dict[str, Any]:
+        """Load the checkpoint into the model, and give all that it holds."""
+        assert self.checkpoint is not None
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(saved["state_dict"])
+        return saved
+
+    def _newest(self, root: Path) -> RunFolder:
+        """Find the run that the configuration file lies in, or else the newest of its name."""
+        for path in reversed(self.config.config or []):
+            run = RunFolder(Path(str(path)).parent)
+            if run.last() is not None:
+                return run
+        return RunFolder.newest(root, self.config.name)
+
+
+def has_test_split(data: LightningDataModule) -> bool:
+    """Say whether the data can be tested on."""
+    return is_overridden("test_dataloader", data, LightningDataModule) and getattr(data, "test_set", True) is not None
 
 
 @contextmanager
@@ -193,7 +254,7 @@ def config_files(args: list[str] | None) -> list[str]:
     return following + [word.partition("=")[2] for word in words if word.startswith("--config=")]
 
 
-def explain(text: str, parser: LightningArgumentParser, files: list[str]) -> str:
+def explain(text: str, parser: ArgumentParser, files: list[str]) -> str:
     """Say in a sentence what jsonargparse says in a page: the key, and the nearest that exists."""
     text = " ".join(text.split())
     if text.startswith(("Problems parsing config", "Unexpected config", "'utf-8' codec")):
@@ -221,19 +282,6 @@ def explain(text: str, parser: LightningArgumentParser, files: list[str]) -> str
     if found := re.search(r"Errors: - (.*?) - ", text):
         return f"{where}: {found[1]}".removeprefix(": ")
     return text
-
-
-def unknown(name: str, known: Iterable[str], kind: str = "key") -> str:
-    """Say that a name does not exist, and which does.
-
-    Example:
-        >>> unknown("trainer.max_epoch", ["trainer.max_epochs", "seed"])
-        "there is no key 'trainer.max_epoch', did you mean 'trainer.max_epochs'?"
-    """
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-    return f"there is no {kind} {name!r}{hint}"
 
 
 def take_from_data(model: Namespace, data: LightningDataModule) -> None:

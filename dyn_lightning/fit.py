@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from dyn_lightning.cli import CLI, keep_metrics, readable_errors
+from dyn_lightning.cli import CLI, has_test_split, keep_metrics, readable_errors
 from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.record import Record, RunFolder
 
@@ -133,11 +132,6 @@ def save_last(cli: FitCLI) -> None:
     # Rank 0 decides for all: saving is a collective, and another rank may read the file when it is already new.
     if trainer.strategy.broadcast(stale):
         trainer.save_checkpoint(path)
-
-
-def has_test_split(data: LightningDataModule) -> bool:
-    """Say whether the data can be tested on."""
-    return is_overridden("test_dataloader", data, LightningDataModule) and getattr(data, "test_set", True) is not None
 
 
 def summary(cli: FitCLI, record: Record) -> str:

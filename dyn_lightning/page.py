@@ -1,8 +1,6 @@
 """A folder with pictures, a table, and one HTML page that shows them all and opens without a network."""
 
-import base64
 import csv
-import html
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ import numpy as np
 from PIL import Image
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+
+from dyn_lightning.analysis.html import document, picture, table
 
 # What each picture means, and what to conclude, by the beginning of its name.
 MEANING = {
@@ -31,14 +31,6 @@ MEANING = {
     "group_membership": """Which channels of a layer are connected. All black is a dense convolution; blocks or regular
         dots are groups.""",
 }
-STYLE = """
-body { font-family: system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-figure { margin: 2rem 0; } img { max-width: 100%; border: 1px solid #ddd; }
-figcaption { max-width: 50rem; line-height: 1.4; margin-bottom: .5rem; }
-div { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:nth-child(2):last-child { text-align: left; }
-"""
 
 
 class Page(Logger):
@@ -95,16 +87,15 @@ class Page(Logger):
             writer.writerow(["layer", *columns])
             writer.writerows([layer, *(row.get(column, "") for column in columns)] for layer, row in rows.items())
         shown = [[layer, *(_number(row.get(column)) for column in columns)] for layer, row in rows.items()]
-        layers = _html_table(["layer", *(column.replace("_", " ") for column in columns)], shown)
+        layers = table(["layer", *(column.replace("_", " ") for column in columns)], shown)
         alone = {name: _number(value) for name, value in self.scalars.items() if not self._layer(name)}
-        (self.folder / "index.html").write_text(
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(self.title)}</h1>\n"
-            f"{_html_table([], [[name, value] for name, value in {**facts, **alone}.items()])}\n"
-            f"{''.join(self._figure(name, path) for name, path in self.pictures.items())}"
-            f"<h2>Layers</h2>\n{layers}\n</body></html>\n",
-            encoding="utf8",
+        page = document(
+            self.title,
+            table([], [[name, value] for name, value in {**facts, **alone}.items()]),
+            *(picture(name, path, _meaning(name)) for name, path in self.pictures.items()),
+            f"<h2>Layers</h2>\n{layers}",
         )
+        (self.folder / "index.html").write_text(page, encoding="utf8")
 
     def _layer(self, scalar: str) -> str:
         _, _, layer = scalar.partition("/")
@@ -118,22 +109,9 @@ class Page(Logger):
         rows = {layer: row for layer, row in rows.items() if row}
         return list(dict.fromkeys(column for row in rows.values() for column in row)), rows
 
-    def _figure(self, name: str, path: Path) -> str:
-        meaning = next((text for start, text in MEANING.items() if name.startswith(start)), "")
-        data = base64.b64encode(path.read_bytes()).decode()
-        return (
-            f"<figure><h2>{html.escape(name)}</h2><figcaption>{html.escape(meaning)}</figcaption>"
-            f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></figure>\n'
-        )
 
-
-def _html_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"] if head else []
-    for first, *cells in rows:
-        lines.append(
-            f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        )
-    return f"<div><table>{''.join(lines)}</table></div>"
+def _meaning(picture: str) -> str:
+    return next((text for start, text in MEANING.items() if picture.startswith(start)), "")
 
 
 def _number(value: float | None) -> str:

@@ -153,17 +153,23 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_plain(self.facts), indent=2, allow_nan=False) + "\n", encoding="utf8")
-        os.replace(temporary, self.path)
+        if self.path is not None:
+            write_json(self.path, self.facts)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is whole at any moment; NaN and infinity become null."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", encoding="utf8")
+    os.replace(temporary, path)
 
 
 def _plain(value: Any) -> Any:
     """Turn NaN and infinity, which JSON lacks, into null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

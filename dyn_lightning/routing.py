@@ -1,9 +1,9 @@
 """Routers, which turn a feature map into routing weights ``(B, K)``, and the two ways to reach them from outside:
-``watch`` reads their outputs, ``aggregation`` changes them.
+``watch`` reads their outputs, ``aggregation`` and ``replaced`` change them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -240,7 +240,7 @@ def watch(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    with _hooked({name: (router, record(name)) for name, router in named_routers(model).items()}):
+    with _hooked([(router, record(name)) for name, router in named_routers(model).items()]):
         yield weights
 
 
@@ -259,46 +259,77 @@ def aggregation(model: nn.Module, mode: str, generator: Generator | None = None)
     Raises:
         ValueError: the mode does not exist; while the model runs, ``shuffle_across_images`` on a batch of one.
     """
-    if mode not in AGGREGATIONS:
-        raise ValueError(f"mode={mode!r} does not exist, choose one of {list(AGGREGATIONS)}")
-    generator = generator or Generator().manual_seed(0)
+    check_mode(mode)
+    source = generator or Generator().manual_seed(0)
 
-    def hook(router: nn.Module, args: object, output: Tensor) -> Tensor:
-        return AGGREGATIONS[mode](output, generator)
+    def random(shape: Sequence[int]) -> Tensor:
+        return torch.rand(shape, generator=source)
 
-    # A router that several layers share is hooked once, or its weights would be shuffled twice.
-    routers = {id(router): router for router in named_routers(model).values()}
-    # It comes before the hooks of those who share the router, so that they get what it becomes.
-    with _hooked({name: (router, hook) for name, router in routers.items()}, prepend=True):
+    with replaced(model, lambda layer, x, weights: AGGREGATIONS[mode](weights, random)):
         yield
 
 
-def _average(weights: Tensor, generator: Generator) -> Tensor:
+def check_mode(mode: str) -> None:
+    """Check the name of an aggregation mode.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"mode={mode!r} does not exist, choose one of {list(AGGREGATIONS)}")
+
+
+@contextmanager
+def replaced(model: nn.Module, change: Callable[[str, Tensor | None, Tensor], Tensor]) -> Iterator[None]:
+    """Replace the routing weights of every Routed layer while the model runs.
+
+    Args:
+        model: any module. A compiled one runs uncompiled inside the context, as with ``watch``.
+        change: gives what routing weights become, from the name of their layer (of those that share a router, the
+            first), the router's first positional argument, mostly ``(B, C, H, W)``, and the weights ``(B, K)``.
+    """
+
+    def hooked(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        return lambda router, inputs, output: change(name, next(iter(inputs), None), output)
+
+    # A router that several layers share is hooked once, or its weights would be shuffled twice.
+    routers: dict[int, tuple[nn.Module, Any]] = {}
+    for name, router in named_routers(model).items():
+        routers.setdefault(id(router), (router, hooked(name)))
+    # They come before the hooks of those who share the router, so that they get what it becomes.
+    with _hooked(routers.values(), prepend=True):
+        yield
+
+
+# Gives a tensor of this shape on the CPU, drawn evenly from [0, 1).
+Random = Callable[[Sequence[int]], Tensor]
+
+
+def _average(weights: Tensor, random: Random) -> Tensor:
     return weights.mean(1, keepdim=True).expand_as(weights)
 
 
-def _max(weights: Tensor, generator: Generator) -> Tensor:
+def _max(weights: Tensor, random: Random) -> Tensor:
     return torch.zeros_like(weights).scatter(1, weights.argmax(1, keepdim=True), weights.sum(1, keepdim=True))
 
 
-def _shuffle_per_image(weights: Tensor, generator: Generator) -> Tensor:
-    order = torch.rand(weights.shape, generator=generator).argsort(1)
-    return weights.gather(1, order.to(weights.device))
+def _shuffle_per_image(weights: Tensor, random: Random) -> Tensor:
+    return weights.gather(1, random(weights.shape).argsort(1).to(weights.device))
 
 
-def _shuffle_across_images(weights: Tensor, generator: Generator) -> Tensor:
+def _shuffle_across_images(weights: Tensor, random: Random) -> Tensor:
     batch = weights.shape[0]
     if batch == 1:
         raise ValueError("mode='shuffle_across_images' needs at least 2 images in a batch, this one has 1")
     # A random cycle through the batch: no image keeps its own weights.
-    cycle = torch.randperm(batch, generator=generator)
+    cycle = random((batch,)).argsort()
     other = torch.empty_like(cycle)
     other[cycle] = cycle.roll(1)
     return weights[other.to(weights.device)]
 
 
-AGGREGATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
-    "attention": lambda weights, generator: weights,
+AGGREGATIONS: dict[str, Callable[[Tensor, Random], Tensor]] = {
+    "attention": lambda weights, random: weights,
     "average": _average,
     "max": _max,
     "shuffle_per_image": _shuffle_per_image,
@@ -333,10 +364,10 @@ _eager = _Eager()
 
 
 @contextmanager
-def _hooked(hooks: dict, prepend: bool = False) -> Iterator[None]:
+def _hooked(hooks: Iterable[tuple[nn.Module, Any]], prepend: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_eager())
-        for router, hook in hooks.values():
+        for router, hook in hooks:
             stack.callback(router.register_forward_hook(hook, prepend=prepend).remove)
         yield
 

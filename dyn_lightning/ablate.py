@@ -1,0 +1,212 @@
+"""``python -m dyn_lightning.ablate --config STUDY.yaml``: train and evaluate what a study compares, and report it."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from pytorch_lightning import LightningDataModule
+
+from dyn_lightning.ablation.harness import Display, Pairs, StudyFolder, duration, run, seconds_a_cell
+from dyn_lightning.ablation.inspection import Inspection, WholeBatches
+from dyn_lightning.ablation.launch import Local
+from dyn_lightning.ablation.report import write_report
+from dyn_lightning.ablation.results import gather
+from dyn_lightning.ablation.study import Cell, Study, digest
+from dyn_lightning.checks import unknown
+from dyn_lightning.cli import explain, has_test_split, readable_errors
+from dyn_lightning.cost import multiply_adds, parameters
+from dyn_lightning.fit import FitCLI
+
+# What does not decide a cell's result.
+ASIDE = ("config", "ckpt_path", "name")
+
+
+class CellCLI(FitCLI):
+    """Builds everything that ``fit`` would train, without a folder, to see that it can."""
+
+    program = "dyn_lightning.ablate"
+    known: dict[str, LightningDataModule] = {}  # noqa: RUF012 - one for all on purpose: reading data may take long
+
+    def find_checkpoint(self, root: Path) -> None:
+        """Start from nothing."""
+
+    def build_data(self) -> LightningDataModule:
+        """Take the same data for all arms that have the same configuration of them."""
+        key = digest(yaml.safe_load(self.parser.dump(self.config))["data"])
+        if key not in self.known:
+            self.known[key] = super().build_data()
+        return self.known[key]
+
+    def plain(self) -> dict[str, Any]:
+        """Give the resolved configuration, without what each cell has for itself."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config["trainer"]["default_root_dir"] = None
+        return {key: value for key, value in config.items() if key not in ASIDE}
+
+
+def parse(args: list[str] | None) -> tuple[Any, Study]:
+    """Read the command line: the options, and the study."""
+    parser = ArgumentParser(prog="python -m dyn_lightning.ablate", exit_on_error=False, description=__doc__)
+    parser.add_argument("--config", action="config", required=True, help="The study: a YAML file.")
+    parser.add_class_arguments(Study, skip={"seeds"})
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Each arm is trained once with each.")
+    parser.add_argument("--only", type=str, nargs="+", metavar="ARM", help="Run these arms alone.")
+    parser.add_argument("--dry-run", action="store_true", help="Say what would be run.")
+    parser.add_argument("--report-only", action="store_true", help="Make the report again.")
+    parser.add_argument("--jobs", type=int, default=1, help="Cells at a time.")
+    parser.add_argument("--output", type=str | None, default=None, help="The folder. Default: runs/ablations/NAME")
+    try:
+        options = parser.parse_args(args)
+        built = getattr(parser, "instantiate", parser.instantiate_classes)(options)  # newer and older name
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+        raise ValueError(explain(str(error), parser, [])) from error
+    try:
+        study = Study(**{each.name: built[each.name] for each in dataclasses.fields(Study)})
+    except ValueError as error:
+        raise ValueError(f"{options.config[-1]}: {error}") from error
+    for arm in options.only or []:
+        if arm not in study.arms:
+            raise ValueError(f"--only: {unknown(arm, study.arms, 'arm')}")
+    return options, study
+
+
+def plan(study: Study, file: Path) -> list[Cell]:
+    """List the cells, and build each arm once, to see that it can be trained and inspected."""
+    cells = []
+    bases = [word for path in study.bases for word in ("--config", str(path))]
+    for arm, changes in study.arms.items():
+        overrides = ["--config", json.dumps(changes)] if changes else []
+        try:
+            with _quiet():
+                cli = CellCLI([*bases, *overrides, "--name", arm])
+            check(study, arm, cli)
+        except ValueError as error:
+            raise ValueError(f"{file}: arms.{arm}: {error}") from error
+        hparams, config = cli.model.hparams, cli.plain()
+        shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
+        facts = {
+            "parameters": parameters(cli.model),
+            "multiply_adds": multiply_adds(cli.model, shape) if hparams["image_size"] else None,
+            "devices": cli.trainer.world_size,
+        }
+        cells += [Cell(arm, seed, {**config, "seed_everything": seed}, facts) for seed in study.seeds]
+    return cells
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what Lightning says of a command line that comes from a program, and of the machine, for each arm."""
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def check(study: Study, arm: str, cli: CellCLI) -> None:
+    """Check that an arm gives what the study compares."""
+    data, model, inspect = cli.datamodule, cli.model, study.inspect
+    metrics = [*model.val_metrics, *(model.test_metrics if has_test_split(data) else ())]
+    if study.metric not in metrics:
+        raise ValueError(f"metric: {unknown(study.metric, metrics, 'metric')}")
+    if inspect is None or arm not in inspect.arms:
+        return
+    Inspection(model, inspect.conditions, inspect.draws)
+    if inspect.split == "test" and not has_test_split(data):
+        raise ValueError(f"inspect.split: the data ({type(data).__name__}) have no test images, choose val")
+    batches = WholeBatches(data.test_dataloader() if inspect.split == "test" else data.val_dataloader())
+    batches.check(inspect.conditions)
+
+
+def inspection(study: Study, arm: str) -> dict[str, str]:
+    """Give the arguments of ``evaluate`` for the networks of an arm; none if they are not inspected."""
+    inspect = study.inspect
+    if inspect is None or arm not in inspect.arms:
+        return {}
+    conditions = json.dumps([dataclasses.asdict(condition) for condition in inspect.conditions])
+    return {"split": inspect.split, "draws": str(inspect.draws), "conditions": conditions}
+
+
+def listing(study: Study, pairs: Pairs, chosen: Sequence[str]) -> str:
+    """Say what would be run, and how long that takes."""
+    width, left = max(len(cell.arm) for cell, _ in pairs), 0
+    lines = [study.question, ""]
+    for cell, folder in pairs:
+        new = "goes on" if folder.begun else "new"
+        state = "finished" if folder.finished else "left out" if cell.arm not in chosen else new
+        left += state in ("new", "goes on")
+        cost = cell.facts["multiply_adds"]
+        size = f"{cell.facts['parameters'] / 1e6:9.3f} M parameters"
+        size += "" if cost is None else f" {cost / 1e6:10.2f} M multiply-adds"
+        lines.append(f"{cell.arm:{width}}  seed {cell.seed:<4} {state:9}{size}")
+    known = seconds_a_cell([folder for _, folder in pairs])
+    each, where = known or study.seconds, "" if known or not study.machine else f" on {study.machine}"
+    estimate = "nobody knows how long one takes" if each is None else f"about {duration(each * left)}{where}"
+    return "\n".join([*lines, "", f"{left} of {len(pairs)} cells to run, {estimate}"])
+
+
+def output(options: Any, study: Study, file: Path) -> Path:
+    """Choose the study's folder: with another base than the file's, another one."""
+    if options.output is not None:
+        return Path(options.output)
+    own = yaml.safe_load(file.read_text(encoding="utf8")).get("base")
+    bases = [(file.parent / path).resolve() for path in (own if isinstance(own, list) else [own] if own else [])]
+    same = bases == [path.resolve() for path in study.bases]
+    return Path("runs", "ablations", file.stem if same else f"{file.stem}-{study.bases[-1].stem}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the study, and report it.
+
+    Args:
+        args: the command line, as a list; default is the program's own.
+    """
+    with readable_errors():
+        options, study = parse(args)
+        file = Path(str(options.config[-1]))
+        folder = StudyFolder(output(options, study, file), file.stem)
+        folder.check()
+        cells = plan(study, file)
+        launcher = Local(options.jobs, max(cell.facts["devices"] for cell in cells))
+    pairs = list(zip(cells, folder.cells(cells, lambda cell: inspection(study, cell.arm)), strict=True))
+    chosen = options.only or list(study.arms)
+    if options.dry_run:
+        print(listing(study, pairs, chosen))
+        return
+    for name in (stale := folder.left_aside(cells)):
+        print(f"left aside, of an earlier version of the study: {folder.path / 'cells' / name}")
+
+    def report() -> None:
+        write_report(folder.path, study, gather(study, pairs), stale)
+
+    if not options.report_only:
+        todo = [(cell, each) for cell, each in pairs if cell.arm in chosen and not each.finished]
+        known = seconds_a_cell([each for _, each in pairs]) or study.seconds
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        with readable_errors(), folder.claimed(file):
+            print(f"study folder: {folder.path}; {len(pairs) - len(todo)} cells are finished, {len(todo)} are to run")
+            try:
+                run(todo, launcher, Display(todo, options.jobs, known, report))
+            finally:
+                report()
+    report()
+    print(f"report: {folder.path / 'index.html'}")
+    if failed := [f"{cell.arm}, seed {cell.seed}" for cell, each in pairs if each.failure]:
+        print(f"failed: {'; '.join(failed)} (see the report)", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Trains and inspects one network of a study in processes of its own, from wherever it was left."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dyn_lightning.ablation.study import digest
+from dyn_lightning.record import RunFolder, write_json
+
+LINES = 20  # of the log of a cell that failed
+COMMANDS = {name: (sys.executable, "-m", f"dyn_lightning.{name}") for name in ("fit", "evaluate")}
+
+
+class CellFailedError(RuntimeError):
+    """A cell's process has ended with an error; the message has the last lines of its log."""
+
+
+class Processes:
+    """The processes that one launcher has started, so that it can end them."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._running: set[subprocess.Popen] = set()
+
+    def call(self, command: Sequence[str], log: Path, lock: int, environment: Mapping[str, str]) -> int:
+        """Run a command, and give its exit code, negative if a signal has killed it.
+
+        Args:
+            command: what to run.
+            log: the file that its output is appended to.
+            lock: a file descriptor that it inherits: the lock holds as long as it lives, also if this process dies.
+            environment: its variables.
+        """
+        with log.open("ab") as file:
+            # In a session of its own, Ctrl-C reaches this process alone, which ends the others.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
+        self._running.add(process)
+        if self.stopped:
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self._running.discard(process)
+
+    def stop(self) -> bool:
+        """Ask all that runs to end; says whether there was any."""
+        self.stopped = True
+        for process in list(self._running):
+            process.terminate()
+        return bool(self._running)
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """The folder of a cell: its configuration, its run as ``fit`` makes it, its log and its inspection.
+
+    Args:
+        path: ``STUDY/cells/NAME``; ``cell.yaml`` lies in it.
+        inspection: the arguments of ``evaluate`` by name; empty: nothing is inspected.
+        commands: that run ``fit`` and ``evaluate``.
+    """
+
+    path: Path
+    inspection: Mapping[str, str] = field(default_factory=dict)
+    commands: Mapping[str, Sequence[str]] = field(default_factory=lambda: COMMANDS)
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What ``fit`` recorded of the run that is finished, with the seconds of all its starts; None if none is."""
+        for run in reversed(RunFolder.all(self.path.parent, self.path.name)):
+            starts = [json.loads(path.read_text()) for path in sorted(run.path.glob("run*.json"))]
+            finished = [start for start in starts if start["status"] == "finished"]
+            if finished:
+                seconds = {key: sum(start.get(key, 0) for start in starts) for key in ("seconds", "device_hours")}
+                return {**finished[-1], **seconds, "starts": len(starts), "folder": str(run.path)}
+        return None
+
+    @property
+    def inspected(self) -> dict[str, Any] | None:
+        """What ``evaluate`` recorded, None if it has not finished."""
+        path = self._inspection_path
+        found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        return found if found.get("status") == "finished" else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.record is not None and (not self.inspection or self.inspected is not None)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last start has failed; None if it has not."""
+        path = self.path / "failed.json"
+        return json.loads(path.read_text())["error"] if path.is_file() and not self.finished else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on with."""
+        return any(run.last() for run in RunFolder.all(self.path.parent, self.path.name))
+
+    @property
+    def _inspection_path(self) -> Path | None:
+        return self.path / f"inspection-{digest(self.inspection)}.json" if self.inspection else None
+
+    def run(self, processes: Processes, environment: Mapping[str, str] | None = None, attempts: int = 3) -> None:
+        """Do what is left: train, or go on from the last checkpoint, then inspect.
+
+        A process of an earlier start that still works on the cell is waited for. One that a signal has killed is
+        started again, as long as there are attempts left.
+
+        Args:
+            processes: start its processes.
+            environment: variables that are set in addition.
+            attempts: starts in all.
+
+        Raises:
+            CellFailedError: a process has ended with an error.
+        """
+        variables = {**os.environ, **(environment or {})}
+        variables.pop("PL_GLOBAL_SEED", None)  # of the process that started this one
+        with locked(self.path / "lock", wait=True) as lock:
+            (self.path / "failed.json").unlink(missing_ok=True)
+            while (step := self._next()) is not None and not processes.stopped:
+                program, arguments = step
+                code = processes.call([*self.commands[program], *arguments], self.path / "log.txt", lock, variables)
+                attempts -= 1
+                left = (self._next() or ("",))[0] == program
+                if left and not processes.stopped and (code >= 0 or attempts == 0):
+                    raise self._failed(program, code)
+
+    def _next(self) -> tuple[str, list[str]] | None:
+        """Give the program that comes next, and its arguments; None if nothing is left to do."""
+        record, inspection = self.record, self._inspection_path
+        if record is None:
+            place = ["--name", self.path.name, "--trainer.default_root_dir", str(self.path.parent)]
+            resume = ["--ckpt_path", "last"] if self.begun else []
+            return "fit", ["--config", str(self.path / "cell.yaml"), *place, *resume]
+        if inspection is None or self.inspected is not None:
+            return None
+        inspection.unlink(missing_ok=True)  # of an evaluation that did not end
+        options = [word for key, value in self.inspection.items() for word in (f"--{key}", value)]
+        return "evaluate", [
+            "--config",
+            str(Path(record["folder"]) / "config.yaml"),
+            "--output",
+            str(inspection),
+            *options,
+        ]
+
+    def _failed(self, module: str, code: int) -> CellFailedError:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        lines = (self.path / "log.txt").read_text(errors="replace").splitlines()[-LINES:]
+        error = "\n".join([f"{module} {how}; {self.path / 'log.txt'} ends with", *lines])
+        write_json(self.path / "failed.json", {"error": error})
+        return CellFailedError(error)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[int]:
+    """Hold a lock, which ends with the last process that has it, however that ends.
+
+    Args:
+        path: the lock's file; it holds the number of the process.
+        wait: for another one to let it go.
+
+    Yields:
+        The file descriptor, to hand on.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file.fileno()

@@ -1,0 +1,170 @@
+"""A study's folder, and the loop that runs its cells; whatever stops it, it goes on where it was."""
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from dyn_lightning.ablation.cell import CellFolder, locked
+from dyn_lightning.ablation.launch import Job, Launcher
+from dyn_lightning.ablation.study import Cell
+from dyn_lightning.record import RunFolder, write_json
+
+LOOK_EVERY = 0.2  # seconds
+REPORT_EVERY = 30.0  # seconds, while cells run
+
+Pairs = Sequence[tuple[Cell, CellFolder]]
+
+
+class StudyFolder:
+    """``OUTPUT``: the study as it was given, a folder a cell, and the report.
+
+    Args:
+        path: the folder; it need not exist.
+        name: of the study.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        self.name = name
+        self.note = path / "study.json"
+
+    def check(self) -> None:
+        """Check that it is new or this study's.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        if self.note.is_file():
+            name = json.loads(self.note.read_text())["name"]
+            if name != self.name:
+                raise ValueError(f"--output {self.path} is of the study {name!r}, not of {self.name!r}: choose another")
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise ValueError(f"--output {self.path} exists and holds no study: choose another folder")
+
+    @contextmanager
+    def claimed(self, file: Path) -> Iterator[None]:
+        """Hold the folder for this process, with a copy of the study's file in it.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        try:
+            with locked(self.path / "lock"):
+                write_json(self.note, {"name": self.name})
+                copies = sorted(self.path.glob("study*.yaml"), key=lambda path: path.stat().st_mtime)
+                if not copies or copies[-1].read_bytes() != file.read_bytes():
+                    shutil.copy(file, RunFolder(self.path).unused("study.yaml"))
+                yield
+        except BlockingIOError as error:
+            holder = (self.path / "lock").read_text().strip()
+            raise ValueError(
+                f"--output {self.path}: process {holder} works on this study; wait for it, or choose another folder"
+            ) from error
+
+    def cells(self, cells: Sequence[Cell], inspections: Callable[[Cell], dict[str, str]]) -> list[CellFolder]:
+        """Give each cell its folder."""
+        return [CellFolder(self.path / "cells" / cell.name, inspections(cell)) for cell in cells]
+
+    def left_aside(self, cells: Sequence[Cell]) -> list[str]:
+        """List the cells of an earlier version of the study: of other configurations, or of arms that are no more."""
+        arms, now = {cell.name.rpartition("-seed")[0] for cell in cells}, {cell.name for cell in cells}
+        trained = {name.rpartition("-")[0] for name in now}
+        found = sorted(path.name for path in (self.path / "cells").glob("*-seed*-*"))
+        return [
+            name
+            for name in found
+            if name not in now and (name.rpartition("-seed")[0] not in arms or name.rpartition("-")[0] in trained)
+        ]
+
+
+def run(pairs: Pairs, launcher: Launcher, display: "Display") -> None:
+    """Run the cells that are not finished."""
+    for cell, folder in pairs:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        config = folder.path / "cell.yaml"
+        if not config.is_file():
+            partial = config.with_suffix(".tmp")
+            partial.write_text(yaml.safe_dump(dict(cell.config), sort_keys=False), encoding="utf8")
+            partial.rename(config)
+    with launcher, display:
+        jobs = launcher.submit([folder for _, folder in pairs])
+        while not all(job.done() for job in jobs):
+            display.show(jobs)
+            time.sleep(LOOK_EVERY)
+        display.show(jobs)
+
+
+class Display:
+    """Shows how far a study is: a line that changes where there is a terminal, and a line for each cell that ends.
+
+    Args:
+        pairs: the cells that run, with their folders.
+        at_a_time: how many.
+        estimate: seconds a cell, as long as none has ended; None if nobody knows.
+        report: is called from time to time when cells have ended.
+    """
+
+    def __init__(self, pairs: Pairs, at_a_time: int, estimate: float | None, report: Callable[[], None]) -> None:
+        self.pairs = pairs
+        self.at_a_time = at_a_time
+        self.estimate = estimate
+        self.report = report
+        self._status = Console(highlight=False, soft_wrap=True).status("")
+        self._reported = time.monotonic()
+        self._ended: set[int] = set()
+        self._took: list[float] = []
+
+    def __enter__(self) -> "Display":
+        if self._status.console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._status.stop()
+
+    def show(self, jobs: Sequence[Job]) -> None:
+        """Show what has changed."""
+        ended = {place for place, job in enumerate(jobs) if job.done()}
+        for place in sorted(ended - self._ended):
+            self._ended.add(place)
+            self._end(place, len(jobs))
+        running, left = sum(job.running() for job in jobs), len(jobs) - len(ended)
+        each = statistics.fmean(self._took) if self._took else self.estimate
+        to_go = "" if each is None else f", {duration(each * left / self.at_a_time)} to go"
+        self._status.update(f"{len(ended)} done, {running} running, {left - running} waiting{to_go}")
+
+    def _end(self, place: int, of: int) -> None:
+        cell, folder = self.pairs[place]
+        record = folder.record
+        took = "" if record is None else f" after {duration(record['seconds'])}"
+        self._took += [] if record is None else [record["seconds"]]
+        how = f"finished{took}" if folder.finished else "failed" if folder.failure else "stopped"
+        self._status.console.print(f"{len(self._ended)} of {of}: {cell.arm}, seed {cell.seed} {how}", markup=False)
+        if time.monotonic() - self._reported > REPORT_EVERY:
+            self.report()
+            self._reported = time.monotonic()
+
+
+def seconds_a_cell(folders: Sequence[CellFolder]) -> float | None:
+    """Give the mean of the seconds that finished cells took; None if there are none."""
+    took = [record["seconds"] for folder in folders if (record := folder.record)]
+    return statistics.fmean(took) if took else None
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them.
+
+    Example:
+        >>> duration(12), duration(75), duration(7260)
+        ('12 s', '1 min 15 s', '2 h 1 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

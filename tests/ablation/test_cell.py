@@ -1,0 +1,132 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyn_lightning.ablation.cell import CellFailedError, CellFolder, Processes, locked
+
+TRIVIAL = {"fit": (sys.executable, "-S", "-I", str(Path(__file__).with_name("trivial.py")))}
+
+
+def cell(folder: Path, name: str = "arm-seed1-abc", **does: Any) -> CellFolder:
+    path = folder / "cells" / name
+    path.mkdir(parents=True)
+    (path / "cell.yaml").write_text(json.dumps(does))
+    return CellFolder(path, commands=TRIVIAL)
+
+
+def starts(folder: CellFolder) -> int:
+    path = folder.path / "starts"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition: Any) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+class TestRun:
+    def test_leaves_a_record(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path, value=0.75)
+        assert not folder.finished
+        folder.run(Processes())
+        assert folder.finished
+        assert folder.record is not None
+        assert folder.record["metrics"] == {"test/top1": 0.75}
+        assert folder.failure is None
+
+    def test_what_is_finished_is_not_run_again(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path)
+        for _ in range(3):
+            folder.run(Processes())
+        assert starts(folder) == 1
+
+    def test_an_error_is_told_with_the_end_of_the_log(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path, exit=3)
+        with pytest.raises(CellFailedError, match=r"fit ended with exit code 3;.*log.txt ends with\nstarted 1"):
+            folder.run(Processes())
+        assert folder.failure is not None
+        assert starts(folder) == 1
+
+    def test_what_has_failed_can_be_run_again(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path, exit=3, times=1)
+        with pytest.raises(CellFailedError):
+            folder.run(Processes())
+        folder.run(Processes())
+        assert folder.finished
+        assert folder.failure is None
+
+    def test_no_record_is_an_error(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path, exit=0)
+        with pytest.raises(CellFailedError, match="fit ended with exit code 0"):
+            folder.run(Processes())
+
+    def test_one_that_is_killed_goes_on(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path, signal=signal.SIGKILL, times=2)
+        folder.run(Processes())
+        assert folder.finished
+        assert starts(folder) == 3
+
+    def test_not_for_ever(self, tmp_path: Path) -> None:
+        folder = cell(tmp_path, signal=signal.SIGKILL)
+        with pytest.raises(CellFailedError, match="fit was killed by signal 9"):
+            folder.run(Processes())
+        assert starts(folder) == 3
+
+    def test_it_can_be_stopped(self, tmp_path: Path) -> None:
+        folder, processes = cell(tmp_path, sleep=60), Processes()
+        thread = threading.Thread(target=folder.run, args=[processes])
+        thread.start()
+        wait_for(lambda: starts(folder))
+        while processes.stop():
+            time.sleep(0.01)
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+        assert starts(folder) == 1
+        assert folder.failure is None
+        assert not folder.finished
+
+    def test_the_seed_of_this_process_is_not_handed_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", "77")
+        folder = cell(tmp_path)
+        script = "import os, sys; print('seed', os.environ.get('PL_GLOBAL_SEED'), os.environ['MINE']); sys.exit(1)"
+        folder = CellFolder(folder.path, commands={"fit": (sys.executable, "-c", script)})
+        with pytest.raises(CellFailedError, match="seed None yes"):
+            folder.run(Processes(), {"MINE": "yes"})
+
+
+class TestLock:
+    def test_is_for_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "lock"
+        with locked(path):
+            assert path.read_text() == f"{os.getpid()}\n"
+            with pytest.raises(BlockingIOError), locked(path):
+                pass
+        with locked(path):
+            pass
+
+    def test_a_process_that_outlives_its_parent_is_waited_for(self, tmp_path: Path) -> None:
+        """The parent is killed; its child works on, and is not started twice."""
+        folder = cell(tmp_path, sleep=1.5)
+        script = (
+            "import sys; from pathlib import Path; from tests.ablation.test_cell import *; "
+            f"CellFolder(Path({str(folder.path)!r}), commands=TRIVIAL).run(Processes())"
+        )
+        root = Path(__file__).parents[2]
+        parent = subprocess.Popen([sys.executable, "-c", script], cwd=root)
+        wait_for(lambda: starts(folder))
+        parent.kill()
+        parent.wait()
+        assert not folder.finished
+        folder.run(Processes())
+        assert folder.finished
+        assert starts(folder) == 1

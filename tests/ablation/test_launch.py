@@ -1,0 +1,131 @@
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dyn_lightning.ablation.harness import Display, StudyFolder, duration, run
+from dyn_lightning.ablation.launch import Job, Local
+from dyn_lightning.ablation.study import Cell
+from tests.ablation.test_cell import cell, starts, wait_for
+
+
+def run_all(cells: Sequence[tuple[Cell, object]], jobs: int = 1) -> None:
+    run(cells, Local(jobs), Display(cells, jobs, None, lambda: None))  # type: ignore[arg-type]
+
+
+def pairs(folder: Path, *does: dict) -> list:
+    return [
+        (Cell("arm", seed, each, {}), cell(folder, f"arm-seed{seed}-abc", **each)) for seed, each in enumerate(does)
+    ]
+
+
+class TestLocal:
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_as_many_at_a_time_as_are_wanted(self, jobs: int, tmp_path: Path) -> None:
+        cells, most = pairs(tmp_path, *[{"sleep": 0.5}] * 4), 0
+        with Local(jobs) as launcher:
+            submitted = launcher.submit([folder for _, folder in cells])
+            while not all(job.done() for job in submitted):
+                most = max(most, sum(job.running() for job in submitted))
+                time.sleep(0.02)
+        assert most == jobs
+        assert all(folder.finished for _, folder in cells)
+
+    def test_one_that_fails_stops_no_other(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        cells = pairs(tmp_path, {}, {"exit": 1}, {"signal": 9}, {})
+        run_all(cells)
+        assert [folder.finished for _, folder in cells] == [True, False, False, True]
+        assert capsys.readouterr().out.splitlines() == [
+            "1 of 4: arm, seed 0 finished after 1 s",
+            "2 of 4: arm, seed 1 failed",
+            "3 of 4: arm, seed 2 failed",
+            "4 of 4: arm, seed 3 finished after 1 s",
+        ]
+
+    def test_an_interrupt_ends_what_runs_and_starts_nothing_more(self, tmp_path: Path) -> None:
+        cells = pairs(tmp_path, *[{"sleep": 60}] * 3)
+
+        class Interrupted(Display):
+            def show(self, jobs: Sequence[Job]) -> None:
+                wait_for(lambda: starts(cells[0][1]))
+                raise KeyboardInterrupt
+
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run(cells, Local(), Interrupted(cells, 1, None, lambda: None))
+        assert time.monotonic() - begun < 20
+        assert [starts(folder) for _, folder in cells] == [1, 0, 0]
+        assert [folder.failure for _, folder in cells] == [None] * 3
+
+    def test_cores_are_shared_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        cells = pairs(tmp_path, {}, {})
+        launcher = Local(2)
+        run(cells, launcher, Display(cells, 2, None, lambda: None))
+        for _, folder in cells:
+            assert (folder.path / "starts").read_text().split()[-1] == str(launcher.threads)
+
+    def test_refuses_no_jobs(self) -> None:
+        with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
+            Local(0)
+
+
+def test_many_cells(tmp_path: Path) -> None:
+    """200 trivial cells cost less than a tenth of a second each beside their process, and no memory."""
+    cells = pairs(tmp_path, *[{}] * 200)
+    run_all(cells[:20], 2)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    run_all(cells, 2)
+    assert all(folder.finished for _, folder in cells)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 20 << 20
+    assert time.monotonic() - start < 3 * 200
+
+
+class TestStudyFolder:
+    def test_is_for_one_process(self, tmp_path: Path) -> None:
+        (file := tmp_path / "a.yaml").write_text("question: x\n")
+        folder = StudyFolder(tmp_path / "out", "a")
+        with (
+            folder.claimed(file),
+            pytest.raises(ValueError, match=r"process \d+ works on this study"),
+            folder.claimed(file),
+        ):
+            pass
+
+    def test_keeps_each_version_of_the_file(self, tmp_path: Path) -> None:
+        folder, file = StudyFolder(tmp_path / "out", "a"), tmp_path / "a.yaml"
+        for text in ("question: x\n", "question: x\n", "question: y\n"):
+            file.write_text(text)
+            folder.check()
+            with folder.claimed(file):
+                pass
+        copies = {path.name: path.read_text() for path in (tmp_path / "out").glob("study*.yaml")}
+        assert copies == {"study.yaml": "question: x\n", "study-1.yaml": "question: y\n"}
+
+    def test_refuses_another_study_s(self, tmp_path: Path) -> None:
+        (file := tmp_path / "a.yaml").write_text("question: x\n")
+        with StudyFolder(tmp_path / "out", "a").claimed(file):
+            pass
+        with pytest.raises(ValueError, match="is of the study 'a', not of 'b'"):
+            StudyFolder(tmp_path / "out", "b").check()
+
+    def test_refuses_a_folder_of_something_else(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").touch()
+        with pytest.raises(ValueError, match="exists and holds no study"):
+            StudyFolder(tmp_path, "a").check()
+
+    def test_cells_of_an_earlier_version_are_noticed(self, tmp_path: Path) -> None:
+        cells = [Cell("an arm", seed, {"lr": 0.1}, {}) for seed in (1, 2)]
+        earlier = [Cell("an arm", 1, {"lr": 0.2}, {}), Cell("gone", 1, {"lr": 0.1}, {})]
+        another_seed = Cell("an arm", 3, {"lr": 0.1}, {})
+        for each in (*cells, *earlier, another_seed):
+            (tmp_path / "cells" / each.name).mkdir(parents=True)
+        found = StudyFolder(tmp_path, "a").left_aside(cells)
+        assert found == sorted(each.name for each in earlier)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3600, "1 h 0 min")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

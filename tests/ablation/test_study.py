@@ -1,0 +1,139 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dyn_lightning.ablate import main
+from dyn_lightning.ablation.study import Cell, digest
+from tests.command_line import in_this_process, write_config
+
+STUDY: dict[str, Any] = {
+    "question": "Does the attention matter?",
+    "base": "small.yaml",
+    "arms": {"static": {"model": {"conv": "static", "conv_args": None}}, "dynamic": {}},
+    "baseline": "static",
+    "seeds": [1, 2],
+    "inspect": {"arms": ["dynamic"]},
+    "published": {"source": "a paper", "tag": "read", "values": {"attention": 69.4}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    in_this_process(tmp_path, monkeypatch)
+    write_config(tmp_path)
+    return tmp_path
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    study = copy.deepcopy(STUDY)
+    *parents, last = path.split("/")
+    place = study
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    return study
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Give the message of what ends with exit code 2 before anything runs."""
+    before = set(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    assert set(Path().rglob("*")) == before
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("path", "value", "says"),
+        [
+            ("arms", {}, "study.yaml: arms is empty"),
+            ("seeds", [1, 1], r"seeds=[1, 1] must be different numbers"),
+            ("base", "none.yaml", "none.yaml"),
+            ("baseline", "statics", "study.yaml: baseline: there is no arm 'statics', did you mean 'static'?"),
+            ("inspect/arms", ["dyn"], "inspect.arms: there is no arm 'dyn'"),
+            ("inspect/draws", 0, "inspect.draws=0 must be at least 1"),
+            ("inspect/conditions", [{"mode": "mean"}], "mode='mean' does not exist"),
+            ("inspect/split", "train", "split"),
+            ("inspect/arms", ["static"], "study.yaml: arms.static: the model has no layer that routes images"),
+            ("published/tag", "memory", "published.tag='memory' must be one of ['read', 'second-hand']"),
+            ("published/values", {"attentoin": 1.0}, "no arm or condition 'attentoin', did you mean 'attention'?"),
+            ("questoin", "x", "no key 'questoin', did you mean 'question'"),
+            ("metric", "test/top2", "arms.static: metric: there is no metric 'test/top2'"),
+            (
+                "arms/dynamic",
+                {"model": {"bakbone": "x"}},
+                "arms.dynamic: there is no key 'model.bakbone', did you mean",
+            ),
+            ("arms/dynamic", {"modle": {"lr": 1}}, "arms.dynamic: there is no key 'modle', did you mean 'model'"),
+            ("arms/dynamic", {"model": {"conv_args": {"kernels": 2}}}, "study.yaml: arms.dynamic: "),
+            ("arms/dynamic", {"trainer": {"max_epochs": "x"}}, "arms.dynamic: trainer.max_epochs: 'x' is no int"),
+            ("arms/dynamic", {"data": {"init_args": {"batch_size": 1}}}, "'shuffle_across_images' needs 2 images"),
+        ],
+        ids=str,
+    )
+    def test_in_the_study(
+        self, path: str, value: Any, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_config(folder, "study.yaml", yaml.safe_dump(changed(path, value), sort_keys=False))
+        assert says in refused(capsys, "--config", "study.yaml")
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--only", "dynamic", "stat"], "--only: there is no arm 'stat', did you mean 'static'?"),
+            (["--base", "nowhere.yaml"], "nowhere.yaml"),
+            (["--jobs", "0"], "jobs=0 must be at least 1"),
+            (["--sedes", "1"], "sedes"),
+            (["--output", "small.yaml"], "exists and holds no study"),
+        ],
+        ids=str,
+    )
+    def test_on_the_command_line(
+        self, arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write_config(folder, "study.yaml", STUDY)
+        assert says in refused(capsys, "--config", "study.yaml", *arguments)
+
+    def test_no_file(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "nowhere.yaml" in refused(capsys, "--config", "nowhere.yaml")
+
+
+class TestDryRun:
+    def test_lists_the_cells(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        study = {**STUDY, "seconds": 30, "machine": "two cores"}
+        write_config(folder, "study.yaml", yaml.safe_dump(study, sort_keys=False))
+        before = set(folder.rglob("*"))
+        main(["--config", "study.yaml", "--dry-run", "--seeds", "3", "4", "5", "--only", "dynamic"])
+        assert set(folder.rglob("*")) == before
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[:4] for line in lines if "seed" in line] == [
+            *([["static", "seed", seed, "left"] for seed in "345"]),
+            *([["dynamic", "seed", seed, "new"] for seed in "345"]),
+        ]
+        assert lines[-1] == "3 of 6 cells to run, about 1 min 30 s on two cores"
+
+    def test_base_is_beside_the_study(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (folder / "studies").mkdir()
+        write_config(folder / "studies", "study.yaml", {**STUDY, "base": "../small.yaml"})
+        main(["--config", "studies/study.yaml", "--dry-run"])
+        assert "4 of 4 cells to run" in capsys.readouterr().out
+
+
+class TestCell:
+    def test_its_name_holds_all_that_decides(self) -> None:
+        cells = [
+            Cell("an arm/1", seed, {"lr": lr, "seed_everything": seed}, {}) for seed in (1, 2) for lr in (0.1, 0.2)
+        ]
+        assert len({cell.name for cell in cells}) == 4
+        assert all(cell.name.startswith(f"an_arm_1-seed{cell.seed}-") for cell in cells)
+
+    def test_digest_goes_by_value(self) -> None:
+        config = {"model": {"lr": 0.1, "conv": None}, "seed": 1}
+        assert digest(config) == digest(yaml.safe_load(yaml.safe_dump(config)))
+        assert digest(config) != digest({**config, "seed": 2})
