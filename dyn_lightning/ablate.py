@@ -104,6 +104,16 @@ def plan(study: Study, file: Path) -> list[Cell]:
 
 
 @contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Leave by an exception when the process is asked to end, so that the cells are ended too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what Lightning says of a command line that comes from a program, and of the machine, for each arm."""
     logging.disable(logging.INFO)
@@ -194,8 +204,7 @@ def main(args: list[str] | None = None) -> None:
     if not options.report_only:
         todo = [(cell, each) for cell, each in pairs if cell.arm in chosen and not each.finished]
         known = seconds_a_cell([each for _, each in pairs]) or study.seconds
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        with readable_errors(), folder.claimed(file):
+        with readable_errors(), folder.claimed(file), _ended_by_sigterm():
             print(f"study folder: {folder.path}; {len(pairs) - len(todo)} cells are finished, {len(todo)} are to run")
             try:
                 run(todo, launcher, Display(todo, options.jobs, known, report))
