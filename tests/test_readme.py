@@ -137,3 +137,17 @@ def test_the_layer_table_script_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "experiments.layer_table"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "295,432 parameters" in done.stdout
+
+
+def test_the_study_is_the_one_that_is_there() -> None:
+    shown = yaml.safe_load(blocks("yaml")[1])
+    there = yaml.safe_load((ROOT / "experiments" / "ablations" / "aggregation.yaml").read_text())
+    assert shown["published"].items() <= there["published"].items()
+    assert {**shown, "published": None}.items() <= {**there, "published": None}.items()
+
+
+def test_every_study_has_its_row() -> None:
+    text = (ROOT / "experiments" / "ablations" / "README.md").read_text(encoding="utf8")
+    rows = re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE)
+    paths = (ROOT / "experiments" / "ablations").glob("*.yaml")
+    assert sorted(rows) == sorted(path.name for path in paths if "question:" in path.read_text())

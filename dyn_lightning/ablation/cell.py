@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,6 +110,12 @@ class CellFolder:
         return json.loads(path.read_text())["error"] if path.is_file() and not self.finished else None
 
     @property
+    def wall_seconds(self) -> float:
+        """How long its processes took, over all starts."""
+        path = self.path / "wall.json"
+        return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+    @property
     def begun(self) -> bool:
         """Whether there is a checkpoint to go on with."""
         return any(run.last() for run in RunFolder.all(self.path.parent, self.path.name))
@@ -137,7 +144,10 @@ class CellFolder:
             (self.path / "failed.json").unlink(missing_ok=True)
             while (step := self._next()) is not None and not processes.stopped:
                 program, arguments = step
+                start = time.monotonic()
                 code = processes.call([*self.commands[program], *arguments], self.path / "log.txt", lock, variables)
+                wall = self.wall_seconds + time.monotonic() - start
+                write_json(self.path / "wall.json", {"seconds": round(wall, 3)})
                 attempts -= 1
                 left = (self._next() or ("",))[0] == program
                 if left and not processes.stopped and (code >= 0 or attempts == 0):

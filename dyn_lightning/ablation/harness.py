@@ -142,9 +142,8 @@ class Display:
 
     def _end(self, place: int, of: int) -> None:
         cell, folder = self.pairs[place]
-        record = folder.record
-        took = "" if record is None else f" after {duration(record['seconds'])}"
-        self._took += [] if record is None else [record["seconds"]]
+        self._took.append(folder.wall_seconds)
+        took = f" after {duration(folder.wall_seconds)}"
         how = f"finished{took}" if folder.finished else "failed" if folder.failure else "stopped"
         self._status.console.print(f"{len(self._ended)} of {of}: {cell.arm}, seed {cell.seed} {how}", markup=False)
         if time.monotonic() - self._reported > REPORT_EVERY:
@@ -154,7 +153,7 @@ class Display:
 
 def seconds_a_cell(folders: Sequence[CellFolder]) -> float | None:
     """Give the mean of the seconds that finished cells took; None if there are none."""
-    took = [record["seconds"] for folder in folders if (record := folder.record)]
+    took = [folder.wall_seconds for folder in folders if folder.finished]
     return statistics.fmean(took) if took else None
 
 

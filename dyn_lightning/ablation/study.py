@@ -79,7 +79,7 @@ class Study:
         inspect: what trained networks are tested under, without training.
         published: the numbers of the paper.
         differs: what is not as in the paper.
-        seconds: that the training of one network takes, on the machine that ``machine`` says.
+        seconds: that one network takes, trained and inspected, on the machine that ``machine`` says.
         machine: see ``seconds``.
 
     Raises:

@@ -38,10 +38,10 @@ class TestLocal:
         run_all(cells)
         assert [folder.finished for _, folder in cells] == [True, False, False, True]
         assert capsys.readouterr().out.splitlines() == [
-            "1 of 4: arm, seed 0 finished after 1 s",
+            "1 of 4: arm, seed 0 finished after 0 s",
             "2 of 4: arm, seed 1 failed",
             "3 of 4: arm, seed 2 failed",
-            "4 of 4: arm, seed 3 finished after 1 s",
+            "4 of 4: arm, seed 3 finished after 0 s",
         ]
 
     def test_an_interrupt_ends_what_runs_and_starts_nothing_more(self, tmp_path: Path) -> None:

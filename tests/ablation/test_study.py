@@ -1,4 +1,5 @@
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import yaml
 
 from dyn_lightning.ablate import main
 from dyn_lightning.ablation.study import Cell, digest
-from tests.command_line import in_this_process, write_config
+from tests.command_line import ROOT, in_this_process, write_config
 
 STUDY: dict[str, Any] = {
     "question": "Does the attention matter?",
@@ -18,6 +19,10 @@ STUDY: dict[str, Any] = {
     "inspect": {"arms": ["dynamic"]},
     "published": {"source": "a paper", "tag": "read", "values": {"attention": 69.4}},
 }
+
+STUDIES = [
+    path for path in sorted((ROOT / "experiments" / "ablations").glob("*.yaml")) if "question:" in path.read_text()
+]
 
 
 @pytest.fixture
@@ -123,6 +128,15 @@ class TestDryRun:
         write_config(folder / "studies", "study.yaml", {**STUDY, "base": "../small.yaml"})
         main(["--config", "studies/study.yaml", "--dry-run"])
         assert "4 of 4 cells to run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_can_be_run(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--config", str(path), "--dry-run"])
+    assert re.search(r"(\d+) of \1 cells to run, about .* on two x86-64 cores$", capsys.readouterr().out)
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# Question: ")
+    assert f"# Command:  python -m dyn_lightning.ablate --config experiments/ablations/{path.name}" in lines
 
 
 class TestCell:
