@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningDataModule
 
 from dyn_lightning.ablation.harness import Display, Pairs, StudyFolder, duration, run, seconds_a_cell
-from dyn_lightning.ablation.inspection import Inspection, WholeBatches
+from dyn_lightning.ablation.inspection import Inspection, check_resolutions
 from dyn_lightning.ablation.launch import Local
 from dyn_lightning.ablation.report import write_report
 from dyn_lightning.ablation.results import gather
 from dyn_lightning.ablation.study import Cell, Study, digest
 from dyn_lightning.checks import unknown
-from dyn_lightning.cli import explain, has_test_split, readable_errors
+from dyn_lightning.cli import config_files, explain, first_error, has_test_split, readable_errors
 from dyn_lightning.cost import multiply_adds, parameters
+from dyn_lightning.evaluate import whole_batches
 from dyn_lightning.fit import FitCLI
 
 # What does not decide a cell's result.
@@ -38,7 +39,13 @@ class CellCLI(FitCLI):
     known: dict[str, LightningDataModule] = {}  # noqa: RUF012 - one for all on purpose: reading data may take long
 
     def find_checkpoint(self, root: Path) -> None:
-        """Start from nothing."""
+        """Start from nothing.
+
+        Raises:
+            ValueError: the configuration names a checkpoint.
+        """
+        if self.config.ckpt_path is not None:
+            raise ValueError(f"ckpt_path={self.config.ckpt_path}: cells start from nothing (model.weights may not)")
 
     def build_data(self) -> LightningDataModule:
         """Take the same data for all arms that have the same configuration of them."""
@@ -65,15 +72,18 @@ def parse(args: list[str] | None) -> tuple[Any, Study]:
     parser.add_argument("--report-only", action="store_true", help="Make the report again.")
     parser.add_argument("--jobs", type=int, default=1, help="Cells at a time.")
     parser.add_argument("--output", type=str | None, default=None, help="The folder. Default: runs/ablations/NAME")
+    files = config_files(args)
     try:
         options = parser.parse_args(args)
         built = getattr(parser, "instantiate", parser.instantiate_classes)(options)  # newer and older name
-    except (argparse.ArgumentError, UnicodeDecodeError) as error:
-        raise ValueError(explain(str(error), parser, [])) from error
-    try:
         study = Study(**{each.name: built[each.name] for each in dataclasses.fields(Study)})
-    except ValueError as error:
-        raise ValueError(f"{options.config[-1]}: {error}") from error
+    except (argparse.ArgumentError, ValueError) as error:
+        ours = type(error) is ValueError  # else it is jsonargparse's page, or a file that is no text
+        text = first_error(str(error)) if ours else explain(str(error), parser, files)
+        raise ValueError(text if any(file in text for file in files) else f"{', '.join(files)}: {text}") from error
+    if not same_base(study, Path(str(options.config[-1]))):
+        # What the file says of its own base is not true of another one.
+        study.differs, study.seconds, study.machine = [], None, ""
     for arm in options.only or []:
         if arm not in study.arms:
             raise ValueError(f"--only: {unknown(arm, study.arms, 'arm')}")
@@ -89,14 +99,15 @@ def plan(study: Study, file: Path) -> list[Cell]:
         try:
             with _quiet():
                 cli = CellCLI([*bases, *overrides, "--name", arm])
-            check(study, arm, cli)
-        except ValueError as error:
+            hparams, config = cli.model.hparams, cli.plain()
+            size = hparams["image_size"]
+            shape = (hparams["channels"] or 3, size, size) if size else None
+            check(study, arm, cli, shape)
+        except Exception as error:
             raise ValueError(f"{file}: arms.{arm}: {error}") from error
-        hparams, config = cli.model.hparams, cli.plain()
-        shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
         facts = {
             "parameters": parameters(cli.model),
-            "multiply_adds": multiply_adds(cli.model, shape) if hparams["image_size"] else None,
+            "multiply_adds": multiply_adds(cli.model, shape) if shape else None,
             "devices": cli.trainer.world_size,
         }
         cells += [Cell(arm, seed, {**config, "seed_everything": seed}, facts) for seed in study.seeds]
@@ -125,19 +136,24 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def check(study: Study, arm: str, cli: CellCLI) -> None:
-    """Check that an arm gives what the study compares."""
+def check(study: Study, arm: str, cli: CellCLI, shape: tuple[int, int, int] | None) -> None:
+    """Check that an arm gives what the study compares; ``shape`` is that of an image, if it is known."""
     data, model, inspect = cli.datamodule, cli.model, study.inspect
     metrics = [*model.val_metrics, *(model.test_metrics if has_test_split(data) else ())]
     if study.metric not in metrics:
         raise ValueError(f"metric: {unknown(study.metric, metrics, 'metric')}")
+    if cli.config.trainer.fast_dev_run:
+        raise ValueError("trainer.fast_dev_run leaves nothing that could be compared")
     if inspect is None or arm not in inspect.arms:
         return
+    if cli.config.trainer.enable_checkpointing is False or cli.config.best.monitor is None:
+        raise ValueError("inspect needs the best checkpoint: trainer.enable_checkpointing and best.monitor are off")
     Inspection(model, inspect.conditions, inspect.draws)
+    if shape is not None:
+        check_resolutions(model, inspect.conditions, shape)
     if inspect.split == "test" and not has_test_split(data):
         raise ValueError(f"inspect.split: the data ({type(data).__name__}) have no test images, choose val")
-    batches = WholeBatches(data.test_dataloader() if inspect.split == "test" else data.val_dataloader())
-    batches.check(inspect.conditions)
+    whole_batches(data, inspect.split).check(inspect.conditions, cli.trainer.world_size)
 
 
 def inspection(study: Study, arm: str) -> dict[str, str]:
@@ -149,7 +165,7 @@ def inspection(study: Study, arm: str) -> dict[str, str]:
     return {"split": inspect.split, "draws": str(inspect.draws), "conditions": conditions}
 
 
-def listing(study: Study, pairs: Pairs, chosen: Sequence[str]) -> str:
+def listing(study: Study, pairs: Pairs, chosen: Sequence[str], jobs: int) -> str:
     """Say what would be run, and how long that takes."""
     width, left = max(len(cell.arm) for cell, _ in pairs), 0
     lines = [study.question, ""]
@@ -163,18 +179,21 @@ def listing(study: Study, pairs: Pairs, chosen: Sequence[str]) -> str:
         lines.append(f"{cell.arm:{width}}  seed {cell.seed:<4} {state:9}{size}")
     known = seconds_a_cell([folder for _, folder in pairs])
     each, where = known or study.seconds, "" if known or not study.machine else f" on {study.machine}"
-    estimate = "nobody knows how long one takes" if each is None else f"about {duration(each * left)}{where}"
+    estimate = "nobody knows how long one takes" if each is None else f"about {duration(each * left / jobs)}{where}"
     return "\n".join([*lines, "", f"{left} of {len(pairs)} cells to run, {estimate}"])
+
+
+def same_base(study: Study, file: Path) -> bool:
+    """Say whether the base is the one that the study's file names."""
+    own = yaml.safe_load(file.read_text(encoding="utf8")).get("base")
+    bases = [(file.parent / path).resolve() for path in (own if isinstance(own, list) else [own] if own else [])]
+    return bases == [path.resolve() for path in study.bases]
 
 
 def output(options: Any, study: Study, file: Path) -> Path:
     """Choose the study's folder: with another base than the file's, another one."""
-    if options.output is not None:
-        return Path(options.output)
-    own = yaml.safe_load(file.read_text(encoding="utf8")).get("base")
-    bases = [(file.parent / path).resolve() for path in (own if isinstance(own, list) else [own] if own else [])]
-    same = bases == [path.resolve() for path in study.bases]
-    return Path("runs", "ablations", file.stem if same else f"{file.stem}-{study.bases[-1].stem}")
+    name = file.stem if same_base(study, file) else f"{file.stem}-{study.bases[-1].stem}"
+    return Path(options.output or Path("runs", "ablations", name))
 
 
 def main(args: list[str] | None = None) -> None:
@@ -188,12 +207,14 @@ def main(args: list[str] | None = None) -> None:
         file = Path(str(options.config[-1]))
         folder = StudyFolder(output(options, study, file), file.stem)
         folder.check()
+        if options.report_only and not folder.note.is_file():
+            raise ValueError(f"--report-only: there is no study in {folder.path}; --output says where it is")
         cells = plan(study, file)
         launcher = Local(options.jobs, max(cell.facts["devices"] for cell in cells))
     pairs = list(zip(cells, folder.cells(cells, lambda cell: inspection(study, cell.arm)), strict=True))
     chosen = options.only or list(study.arms)
     if options.dry_run:
-        print(listing(study, pairs, chosen))
+        print(listing(study, pairs, chosen, options.jobs))
         return
     for name in (stale := folder.left_aside(cells)):
         print(f"left aside, of an earlier version of the study: {folder.path / 'cells' / name}")
@@ -201,19 +222,24 @@ def main(args: list[str] | None = None) -> None:
     def report() -> None:
         write_report(folder.path, study, gather(study, pairs), stale)
 
-    if not options.report_only:
+    if options.report_only:
+        report()
+    else:
         todo = [(cell, each) for cell, each in pairs if cell.arm in chosen and not each.finished]
         known = seconds_a_cell([each for _, each in pairs]) or study.seconds
-        with readable_errors(), folder.claimed(file), _ended_by_sigterm():
+        with ExitStack() as stack:
+            with readable_errors():
+                stack.enter_context(folder.claimed(file))
+            stack.enter_context(_ended_by_sigterm())
             print(f"study folder: {folder.path}; {len(pairs) - len(todo)} cells are finished, {len(todo)} are to run")
             try:
                 run(todo, launcher, Display(todo, options.jobs, known, report))
             finally:
                 report()
-    report()
     print(f"report: {folder.path / 'index.html'}")
-    if failed := [f"{cell.arm}, seed {cell.seed}" for cell, each in pairs if each.failure]:
-        print(f"failed: {'; '.join(failed)} (see the report)", file=sys.stderr)
+    left = [f"{cell.arm}, seed {cell.seed}" for cell, each in pairs if cell.arm in chosen and not each.finished]
+    if left and not options.report_only:
+        print(f"not finished: {'; '.join(left)} (see the report)", file=sys.stderr)
         raise SystemExit(1)
 
 

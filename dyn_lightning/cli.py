@@ -241,10 +241,16 @@ def readable_errors(begun: Callable[[], bool] = lambda: False) -> Iterator[None]
     except Exception as error:
         if begun() or os.environ.get(TRACEBACK):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        text = error_in_list[1] if (error_in_list := re.search(r"Errors: - (.*?) - ", text)) else text
+        text = first_error(str(error)) or type(error).__name__
         print(f"error: {text} ({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def first_error(text: str) -> str:
+    """Take the first of the errors that jsonargparse lists, a type that a value might have had each, or all."""
+    text = " ".join(text.split())
+    found = re.search(r"Errors: - (.*?) - ", text)
+    return found[1] if found else text
 
 
 def config_files(args: list[str] | None) -> list[str]:
@@ -279,9 +285,7 @@ def explain(text: str, parser: ArgumentParser, files: list[str]) -> str:
     kinds = " or ".join(dict.fromkeys(name for name in types if "." not in name and name != "NoneType"))
     if kinds and "Expected a one of" not in text and (value := re.search(r"(?:Got|Given) value: ([^\s{[]+)", text)):
         return f"{where}: {value[1]!r} is no {kinds}"
-    if found := re.search(r"Errors: - (.*?) - ", text):
-        return f"{where}: {found[1]}".removeprefix(": ")
-    return text
+    return text if first_error(text) == text else f"{where}: {first_error(text)}".removeprefix(": ")
 
 
 def take_from_data(model: Namespace, data: LightningDataModule) -> None:

@@ -3,17 +3,23 @@
 By default the five aggregation modes of ``routing.aggregation``; prints a table, and writes it as JSON.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
-from dyn_lightning.ablation.inspection import ALL_MODES, Condition, Inspection, WholeBatches
+from dyn_lightning.ablation.inspection import ALL_MODES, Condition, Inspection, WholeBatches, check_resolutions
 from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI, readable_errors
 from dyn_lightning.record import Record
 from dyn_lightning.routing import replaced
+
+# Lightning's own sampler, by its newer and its older name.
+SAMPLER = next(
+    name for name in ("use_distributed_sampler", "replace_sampler_ddp") if name in signature(Trainer).parameters
+)
 
 
 class EvaluateCLI(CheckpointCLI):
@@ -67,7 +73,8 @@ class EvaluateCLI(CheckpointCLI):
             "callbacks": [callback for callback in callbacks if isinstance(callback, PROGRESS_BAR)],
             "logger": False,
             "enable_checkpointing": False,
-            "use_distributed_sampler": False,
+            "limit_test_batches": 1.0,  # each image once, whatever the training left out
+            SAMPLER: False,
         }
 
 
@@ -79,9 +86,12 @@ def main(args: list[str] | None = None) -> None:
     """
     with readable_errors():
         cli = EvaluateCLI(args)
-        loader = cli.datamodule.test_dataloader() if cli.config.split == "test" else cli.datamodule.val_dataloader()
-        data, inspection = WholeBatches(loader), cli.inspection
-        data.check(inspection.conditions)
+        data, inspection = whole_batches(cli.datamodule, cli.config.split), cli.inspection
+        data.check(inspection.conditions, cli.trainer.world_size)
+        hparams = cli.model.hparams
+        if hparams["image_size"]:
+            shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
+            check_resolutions(cli.model, inspection.conditions, shape)
     trainer = cli.trainer
     facts = {
         "checkpoint": str(cli.checkpoint),
@@ -97,6 +107,13 @@ def main(args: list[str] | None = None) -> None:
         record.facts["conditions"] = inspection.results()
     if trainer.is_global_zero:
         print(f"{table(inspection.results())}\nwritten: {cli.output}")
+
+
+def whole_batches(data: LightningDataModule, split: str) -> WholeBatches:
+    """Give the batches of a split of any data."""
+    data.prepare_data()
+    data.setup("test" if split == "test" else "validate")
+    return WholeBatches(data.test_dataloader() if split == "test" else data.val_dataloader())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

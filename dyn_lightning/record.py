@@ -159,8 +159,24 @@ class Record:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is whole at any moment; NaN and infinity become null."""
+    write_whole(path, (json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what ``write_json`` wrote; empty if there is no such file, or none that can be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is whole at any moment, also if the power fails."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", encoding="utf8")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -137,7 +137,7 @@ class TestStudy:
 
     def test_pictures_can_be_opened(self, folder: Path) -> None:
         pictures = list((folder / "runs" / "ablations" / "study").glob("*.png"))
-        assert {path.name for path in pictures} == {"test_top1.png", "dynamic_under_changed_routing.png"}
+        assert {path.name for path in pictures} == {"1-test_top1.png", "2-dynamic_under_changed_routing.png"}
         for path in pictures:
             with Image.open(path) as image:
                 assert min(image.size) > 100
@@ -223,7 +223,7 @@ class TestFailures:
         write_study(tmp_path, arms={"broken": broken, **ARMS}, seeds=[1], inspect=None, published=None)
         done = ablate(tmp_path)
         assert done.returncode == 1
-        assert "failed: broken, seed 1 (see the report)" in done.stderr
+        assert "not finished: broken, seed 1 (see the report)" in done.stderr
         assert [row["status"] for row in results(tmp_path)["cells"]] == ["failed", "finished", "finished"]
         report = (tmp_path / "runs" / "ablations" / "study" / "report.md").read_text()
         assert "## Failed: broken, seed 1" in report
@@ -255,6 +255,10 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         found = values(results(folder))
         expected = expected or found
         assert found == expected
+        assert (sum(row["starts"] for row in results(folder)["cells"]) > 2) == bool(kills)
+
+
+CELL = f"{sys.executable}\0-m\0dyn_lightning.".encode()
 
 
 def cells_of(folder: Path) -> list[int]:
@@ -262,7 +266,7 @@ def cells_of(folder: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if path.joinpath("cwd").resolve() == folder and b"dyn_lightning.fit" in (path / "cmdline").read_bytes():
+            if path.joinpath("cwd").resolve() == folder and (path / "cmdline").read_bytes().startswith(CELL):
                 found.append(int(path.name))
         except OSError:
             continue

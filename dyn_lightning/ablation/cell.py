@@ -1,19 +1,20 @@
 """Trains and inspects one network of a study in processes of its own, from wherever it was left."""
 
+import contextlib
 import fcntl
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dyn_lightning.ablation.study import digest
-from dyn_lightning.record import RunFolder, write_json
+from dyn_lightning.record import RunFolder, read_json, write_json
 
 LINES = 20  # of the log of a cell that failed
 COMMANDS = {name: (sys.executable, "-m", f"dyn_lightning.{name}") for name in ("fit", "evaluate")}
@@ -51,19 +52,29 @@ class Processes:
                 start_new_session=True,
             )
         self._running.add(process)
-        if self.stopped:
-            process.terminate()
         try:
+            if self.stopped:
+                process.terminate()
             return process.wait()
         finally:
             self._running.discard(process)
+            _kill_group(process)  # of several processes that train together, the others
 
-    def stop(self) -> bool:
-        """Ask all that runs to end; says whether there was any."""
+    def stop(self, patience: float = 30.0) -> None:
+        """End all that runs: ask first, and kill what has not ended after some seconds."""
         self.stopped = True
         for process in list(self._running):
-            process.terminate()
-        return bool(self._running)
+            process.terminate()  # once: what handles the signal may be disturbed by a second one
+        end = time.monotonic() + patience
+        while self._running and time.monotonic() < end:
+            time.sleep(0.05)
+        for process in list(self._running):
+            _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,8 @@ class CellFolder:
     def record(self) -> dict[str, Any] | None:
         """What ``fit`` recorded of the run that is finished, with the seconds of all its starts; None if none is."""
         for run in reversed(RunFolder.all(self.path.parent, self.path.name)):
-            starts = [json.loads(path.read_text()) for path in sorted(run.path.glob("run*.json"))]
-            finished = [start for start in starts if start["status"] == "finished"]
+            starts = [read_json(path) for path in sorted(run.path.glob("run*.json"))]
+            finished = [start for start in starts if start.get("status") == "finished"]
             if finished:
                 seconds = {key: sum(start.get(key, 0) for start in starts) for key in ("seconds", "device_hours")}
                 return {**finished[-1], **seconds, "starts": len(starts), "folder": str(run.path)}
@@ -95,7 +106,7 @@ class CellFolder:
     def inspected(self) -> dict[str, Any] | None:
         """What ``evaluate`` recorded, None if it has not finished."""
         path = self._inspection_path
-        found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        found = {} if path is None else read_json(path)
         return found if found.get("status") == "finished" else None
 
     @property
@@ -106,14 +117,13 @@ class CellFolder:
     @property
     def failure(self) -> str | None:
         """Why the last start has failed; None if it has not."""
-        path = self.path / "failed.json"
-        return json.loads(path.read_text())["error"] if path.is_file() and not self.finished else None
+        error = read_json(self.path / "failed.json").get("error")
+        return error if error and not self.finished else None
 
     @property
     def wall_seconds(self) -> float:
         """How long its processes took, over all starts."""
-        path = self.path / "wall.json"
-        return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+        return read_json(self.path / "wall.json").get("seconds", 0.0)
 
     @property
     def begun(self) -> bool:
@@ -140,7 +150,7 @@ class CellFolder:
         """
         variables = {**os.environ, **(environment or {})}
         variables.pop("PL_GLOBAL_SEED", None)  # of the process that started this one
-        with locked(self.path / "lock", wait=True) as lock:
+        with locked(self.path / "lock", lambda: not processes.stopped) as lock:
             (self.path / "failed.json").unlink(missing_ok=True)
             while (step := self._next()) is not None and not processes.stopped:
                 program, arguments = step
@@ -150,7 +160,7 @@ class CellFolder:
                 write_json(self.path / "wall.json", {"seconds": round(wall, 3)})
                 attempts -= 1
                 left = (self._next() or ("",))[0] == program
-                if left and not processes.stopped and (code >= 0 or attempts == 0):
+                if left and not processes.stopped and (code >= 0 or attempts <= 0):
                     raise self._failed(program, code)
 
     def _next(self) -> tuple[str, list[str]] | None:
@@ -172,31 +182,42 @@ class CellFolder:
             *options,
         ]
 
-    def _failed(self, module: str, code: int) -> CellFailedError:
+    def _failed(self, program: str, code: int) -> CellFailedError:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         lines = (self.path / "log.txt").read_text(errors="replace").splitlines()[-LINES:]
-        error = "\n".join([f"{module} {how}; {self.path / 'log.txt'} ends with", *lines])
-        write_json(self.path / "failed.json", {"error": error})
+        error = "\n".join([f"{program} {how}; {self.path / 'log.txt'} ends with", *lines])
+        self.fail(error)
         return CellFailedError(error)
+
+    def fail(self, error: str) -> None:
+        """Note why it has failed."""
+        write_json(self.path / "failed.json", {"error": error})
 
 
 @contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[int]:
+def locked(path: Path, wait: Callable[[], bool] = lambda: False) -> Iterator[int]:
     """Hold a lock, which ends with the last process that has it, however that ends.
 
     Args:
         path: the lock's file; it holds the number of the process.
-        wait: for another one to let it go.
+        wait: says whether to wait on for another one to let it go.
 
     Yields:
         The file descriptor, to hand on.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is False.
+        BlockingIOError: another process holds it, and nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait():
+                    raise
+                time.sleep(0.2)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -1,11 +1,9 @@
 """A study's folder, and the loop that runs its cells; whatever stops it, it goes on where it was."""
 
-import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -14,7 +12,7 @@ from rich.console import Console
 from dyn_lightning.ablation.cell import CellFolder, locked
 from dyn_lightning.ablation.launch import Job, Launcher
 from dyn_lightning.ablation.study import Cell
-from dyn_lightning.record import RunFolder, write_json
+from dyn_lightning.record import RunFolder, read_json, write_json, write_whole
 
 LOOK_EVERY = 0.2  # seconds
 REPORT_EVERY = 30.0  # seconds, while cells run
@@ -41,11 +39,11 @@ class StudyFolder:
         Raises:
             ValueError: it holds something else.
         """
-        if self.note.is_file():
-            name = json.loads(self.note.read_text())["name"]
-            if name != self.name:
-                raise ValueError(f"--output {self.path} is of the study {name!r}, not of {self.name!r}: choose another")
-        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+        name = read_json(self.note).get("name")
+        if name is not None and name != self.name:
+            raise ValueError(f"--output {self.path} is of the study {name!r}, not of {self.name!r}: choose another")
+        others = [path.name for path in self.path.iterdir() if path.name != "lock"] if self.path.is_dir() else []
+        if self.path.is_file() or (others and not any(name.startswith(self.note.name) for name in others)):
             raise ValueError(f"--output {self.path} exists and holds no study: choose another folder")
 
     @contextmanager
@@ -55,18 +53,19 @@ class StudyFolder:
         Raises:
             ValueError: another process holds it.
         """
-        try:
-            with locked(self.path / "lock"):
-                write_json(self.note, {"name": self.name})
-                copies = sorted(self.path.glob("study*.yaml"), key=lambda path: path.stat().st_mtime)
-                if not copies or copies[-1].read_bytes() != file.read_bytes():
-                    shutil.copy(file, RunFolder(self.path).unused("study.yaml"))
-                yield
-        except BlockingIOError as error:
-            holder = (self.path / "lock").read_text().strip()
-            raise ValueError(
-                f"--output {self.path}: process {holder} works on this study; wait for it, or choose another folder"
-            ) from error
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path / "lock"))
+            except BlockingIOError as error:
+                holder = (self.path / "lock").read_text().strip()
+                raise ValueError(
+                    f"--output {self.path}: process {holder} works on this study; wait for it, or choose another folder"
+                ) from error
+            write_json(self.note, {"name": self.name})
+            copies = sorted(self.path.glob("study*.yaml"), key=lambda path: path.stat().st_mtime)
+            if not copies or copies[-1].read_bytes() != file.read_bytes():
+                write_whole(RunFolder(self.path).unused("study.yaml"), file.read_bytes())
+            yield
 
     def cells(self, cells: Sequence[Cell], inspections: Callable[[Cell], dict[str, str]]) -> list[CellFolder]:
         """Give each cell its folder."""
@@ -80,7 +79,9 @@ class StudyFolder:
         return [
             name
             for name in found
-            if name not in now and (name.rpartition("-seed")[0] not in arms or name.rpartition("-")[0] in trained)
+            if (self.path / "cells" / name / "lock").exists()  # else it was never begun
+            and name not in now
+            and (name.rpartition("-seed")[0] not in arms or name.rpartition("-")[0] in trained)
         ]
 
 
@@ -90,9 +91,7 @@ def run(pairs: Pairs, launcher: Launcher, display: "Display") -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         config = folder.path / "cell.yaml"
         if not config.is_file():
-            partial = config.with_suffix(".tmp")
-            partial.write_text(yaml.safe_dump(dict(cell.config), sort_keys=False), encoding="utf8")
-            partial.rename(config)
+            write_whole(config, yaml.safe_dump(dict(cell.config), sort_keys=False).encode())
     with launcher, display:
         jobs = launcher.submit([folder for _, folder in pairs])
         while not all(job.done() for job in jobs):
@@ -142,12 +141,16 @@ class Display:
 
     def _end(self, place: int, of: int) -> None:
         cell, folder = self.pairs[place]
-        self._took.append(folder.wall_seconds)
+        if folder.finished:
+            self._took.append(folder.wall_seconds)
         took = f" after {duration(folder.wall_seconds)}"
         how = f"finished{took}" if folder.finished else "failed" if folder.failure else "stopped"
         self._status.console.print(f"{len(self._ended)} of {of}: {cell.arm}, seed {cell.seed} {how}", markup=False)
         if time.monotonic() - self._reported > REPORT_EVERY:
-            self.report()
+            try:
+                self.report()
+            except Exception as error:  # which is not worth the cells that run
+                self._status.console.print(f"no report now: {type(error).__name__}: {error}", markup=False)
             self._reported = time.monotonic()
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from dyn_lightning.checks import check_count, check_globs, matches
+from dyn_lightning.cost import empty_images, evaluating
 from dyn_lightning.data.module import derive_seed
-from dyn_lightning.routing import AGGREGATIONS, check_mode, named_routers
+from dyn_lightning.routing import AGGREGATIONS, check_mode, named_routers, replaced
 
 ACROSS_IMAGES = "shuffle_across_images"
 SHUFFLES = ("shuffle_per_image", ACROSS_IMAGES)
@@ -200,6 +201,33 @@ class Inspection(LightningModule):
         return rows
 
 
+def check_resolutions(model: nn.Module, conditions: Sequence[Condition], shape: Sequence[int]) -> None:
+    """Check that a network has routers at the resolutions of each condition.
+
+    Args:
+        model: that is inspected.
+        conditions: with or without resolutions.
+        shape: ``(C, H, W)`` of an image.
+
+    Raises:
+        ValueError: it has none; the message lists those that it has.
+    """
+    seen: set[int] = set()
+
+    def see(layer: str, x: Tensor | None, weights: Tensor) -> Tensor:
+        seen.update([x.shape[2]] if x is not None and x.dim() == 4 else [])
+        return weights
+
+    with evaluating(model), torch.no_grad(), replaced(model, see):
+        model(empty_images(model, 2, shape))
+    for condition in conditions:
+        if condition.resolutions is not None and not seen & set(condition.resolutions):
+            raise ValueError(
+                f"resolutions={condition.resolutions} of {condition.name!r}: no router sees such a map; there are "
+                f"{sorted(seen, reverse=True)} rows"
+            )
+
+
 class WholeBatches(LightningDataModule):
     """Gives each image of a loader once, in batches that are the same on any number of ranks, which take turns.
 
@@ -207,9 +235,6 @@ class WholeBatches(LightningDataModule):
 
     Args:
         loader: over a data set with a length; its order and sampler are left aside.
-
-    Raises:
-        ValueError: when an evaluation starts, there are fewer batches than ranks.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -224,28 +249,23 @@ class WholeBatches(LightningDataModule):
         ends[-1] = self.length
         self.batches = [range(start, end) for start, end in itertools.pairwise([0, *ends])]
 
-    def check(self, conditions: Sequence[Condition]) -> None:
-        """Check that there is another image in each batch, where a condition needs one.
+    def check(self, conditions: Sequence[Condition], ranks: int = 1) -> None:
+        """Check that there is a batch for each rank, and another image in each batch where a condition needs one.
 
         Raises:
             ValueError: there is none.
         """
+        size = f"{self.length} images in batches of {self.batch_size} (data.init_args.batch_size)"
+        if len(self.batches) < ranks:
+            raise ValueError(f"trainer.devices={ranks}, but {size} are {len(self.batches)} batches: take fewer devices")
         for condition in conditions:
             if condition.across_images and min(map(len, self.batches)) < 2:
-                raise ValueError(
-                    f"{condition.name!r} needs 2 images in a batch, but data.init_args.batch_size is "
-                    f"{self.batch_size}, and there are {self.length} images"
-                )
+                raise ValueError(f"{condition.name!r} needs 2 images in a batch, but there are {size}")
 
     def test_dataloader(self) -> DataLoader:
         """Load this rank's batches."""
         assert self.trainer is not None
         ranks = self.trainer.world_size
-        if len(self.batches) < ranks:
-            raise ValueError(
-                f"trainer.devices={ranks}, but {self.length} images in batches of {self.batch_size} are "
-                f"{len(self.batches)} batches: take fewer devices or a smaller data.init_args.batch_size"
-            )
         return DataLoader(
             self.loader.dataset,
             batch_sampler=_Batches(self.batches[self.trainer.global_rank :: ranks]),

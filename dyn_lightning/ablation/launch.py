@@ -1,7 +1,6 @@
 """Where the cells of a study run."""
 
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -9,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from dyn_lightning.ablation.cell import CellFolder, Processes
+from dyn_lightning.ablation.cell import CellFailedError, CellFolder, Processes
 
 
 class Job(Protocol):
@@ -73,8 +72,8 @@ class Local:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-        while kind is not None and self._processes.stop():
-            time.sleep(0.1)
+        if kind is not None:
+            self._processes.stop()
         self._executor.shutdown()
 
     def _run(self, cell: CellFolder) -> None:
@@ -84,5 +83,10 @@ class Local:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         try:
             cell.run(self._processes, environment)
+        except CellFailedError:
+            pass  # it is noted
+        except Exception as error:
+            if not self._processes.stopped:
+                cell.fail(f"{type(error).__name__}: {error}")
         finally:
             self._places.put(place)

@@ -2,9 +2,10 @@
 
 import csv
 import html
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dyn_lightning.ablation.study import Published, Study
 from dyn_lightning.analysis.html import document, picture, table
-from dyn_lightning.record import write_json
+from dyn_lightning.record import write_json, write_whole
 
 # The columns of cells.csv.
 CELLS = (
@@ -48,7 +49,7 @@ def write_report(folder: Path, study: Study, results: dict[str, Any], left_aside
         left_aside: names of cells that are of an earlier version of the study.
     """
     write_json(folder / "results.json", results)
-    _whole(folder / "cells.csv", lambda path: _write_cells(path, results["cells"]))
+    write_whole(folder / "cells.csv", _cells(results["cells"]))
     tables, plots = [_facts(results), _arms(study, results)], []
     if len(results["arms"]) > 1 or not results["conditions"]:
         plots.append(Plot(study.metric, study.metric, {arm: each["metric"] for arm, each in results["arms"].items()}))
@@ -56,9 +57,14 @@ def write_report(folder: Path, study: Study, results: dict[str, Any], left_aside
         tables.append(_conditions(study, arm, conditions))
         plots.append(Plot(f"{arm} under changed routing", "top-1", {n: each["top1"] for n, each in conditions.items()}))
     plots = [plot for plot in plots if any(each["values"] for each in plot.summaries.values())]
-    paths = [folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', plot.title).strip('_')}.png" for plot in plots]
+    paths = [
+        folder / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '_', plot.title).strip('_')}.png"
+        for number, plot in enumerate(plots, 1)
+    ]
     for plot, path in zip(plots, paths, strict=True):
-        _whole(path, partial(draw(plot).savefig, format="png"))
+        drawn = io.BytesIO()
+        draw(plot).savefig(drawn, format="png")
+        write_whole(path, drawn.getvalue())
     notes = _notes(study, results, left_aside)
     failed = {f"{row['arm']}, seed {row['seed']}": row["failure"] for row in results["cells"] if row["failure"]}
     text = _markdown(study, tables, [path.name for path in paths], notes, failed)
@@ -77,8 +83,8 @@ def write_report(folder: Path, study: Study, results: dict[str, Any], left_aside
         "</ul>",
         *(f"<h2>Failed: {html.escape(name)}</h2><pre>{html.escape(log)}</pre>" for name, log in failed.items()),
     )
-    _whole(folder / "report.md", lambda path: path.write_text(text, encoding="utf8"))
-    _whole(folder / "index.html", lambda path: path.write_text(page, encoding="utf8"))
+    write_whole(folder / "report.md", text.encode())
+    write_whole(folder / "index.html", page.encode())
 
 
 def draw(plot: Plot) -> Figure:
@@ -93,8 +99,9 @@ def draw(plot: Plot) -> Figure:
         if each["mean"] is not None:
             width = None if each["half_width"] is None else 100 * each["half_width"]
             axes.errorbar(100 * each["mean"], row + 0.22, xerr=width, fmt="|", color="black", capsize=4, markersize=10)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"{plot.label}, %", title=plot.title)
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
+    title = plot.title.replace("$", r"\$")  # which would begin a formula
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"{plot.label}, %", title=title)
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -175,35 +182,37 @@ def _notes(study: Study, results: dict[str, Any], left_aside: Sequence[str]) -> 
     notes += [f"left aside, of an earlier version of the study: {name}" for name in left_aside]
     commits = {row["commit"] for row in results["cells"] if row["commit"]}
     notes += ["the cells were trained by different commits"] if len(commits) > 1 else []
+    again = [f"{row['arm']}, seed {row['seed']}" for row in results["cells"] if (row["starts"] or 1) > 1]
+    notes += [f"went on after an interruption, whose time is not counted: {'; '.join(again)}"] if again else []
     return notes
 
 
 def _markdown(
     study: Study, tables: Sequence[Table], pictures: Sequence[str], notes: Sequence[str], failed: Mapping[str, str]
 ) -> str:
-    parts = [f"# {study.question}"]
+    parts = [f"# {_escaped(study.question)}"]
     for each in tables:
         head = each.head or ["", ""]
-        lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *each.rows]]
-        parts += [f"## {each.title}", *([each.text] if each.text else []), "\n".join(lines)]
+        rows = [map(_escaped, head), ["---"] * len(head), *(map(_escaped, row) for row in each.rows)]
+        table_lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts += [f"## {_escaped(each.title)}", *([each.text] if each.text else []), table_lines]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
-    parts += ["## Notes", "\n".join(f"- {note}" for note in notes)] if notes else []
-    parts += [f"## Failed: {name}\n\n```\n{log}\n```" for name, log in failed.items()]
+    parts += ["## Notes", "\n".join(f"- {_escaped(note)}" for note in notes)] if notes else []
+    parts += [f"## Failed: {_escaped(name)}\n\n{textwrap.indent(log, '    ')}" for name, log in failed.items()]
     return "\n\n".join(parts) + "\n"
 
 
-def _write_cells(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, CELLS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+def _escaped(text: str) -> str:
+    """Let Markdown show a text as it is."""
+    return re.sub(r"([\\|*<>`$])", r"\\\1", text).replace("\n", " ")
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is whole at any moment."""
-    incomplete = path.with_name(f"{path.name}.tmp")
-    write(incomplete)
-    incomplete.replace(path)
+def _cells(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, CELLS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
 
 
 def _without_empty(each: Table) -> Table:
@@ -228,7 +237,7 @@ def _interval(summary: Mapping[str, Any]) -> str:
 
 def _published(published: Published | None, name: str) -> str:
     value = None if published is None else published.values.get(name)
-    return "" if value is None else f"{value:.1f}"
+    return "" if value is None else f"{value:g}"
 
 
 def _source(published: Published | None) -> str:

@@ -79,7 +79,7 @@ def gather(study: Study, cells: Sequence[tuple[Cell, CellFolder]]) -> dict[str, 
 
 def _row(study: Study, cell: Cell, folder: CellFolder) -> dict[str, Any]:
     record, inspected = folder.record or {}, folder.inspected or {}
-    failure = folder.failure
+    failure, memory = folder.failure, record.get("peak_memory_bytes", {})
     status = "finished" if folder.finished else "failed" if failure else "unfinished"
     return {
         "arm": cell.arm,
@@ -90,8 +90,8 @@ def _row(study: Study, cell: Cell, folder: CellFolder) -> dict[str, Any]:
         "metrics": record.get("metrics", {}),
         "parameters": cell.facts["parameters"],
         "multiply_adds": cell.facts["multiply_adds"],
-        **{key: record.get(key) for key in ("seconds", "device_hours", "device", "devices", "folder")},
-        "peak_memory": max(record.get("peak_memory_bytes", {}).values(), default=None),
+        **{key: record.get(key) for key in ("seconds", "device_hours", "starts", "device", "devices", "folder")},
+        "peak_memory": memory.get("device", memory.get("host")),
         "commit": (record.get("git") or {}).get("commit"),
         "changed": bool((record.get("git") or {}).get("status")),
         "packages": record.get("packages", {}),

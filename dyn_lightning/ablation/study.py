@@ -61,6 +61,7 @@ class Published:
     setup: str = ""
 
     def __post_init__(self) -> None:
+        self.values = {str(name): value for name, value in self.values.items()}
         if self.tag not in READ:
             raise ValueError(f"published.tag={self.tag!r} must be one of {list(READ)}: no other number is printed")
 
@@ -99,6 +100,7 @@ class Study:
     machine: str = ""
 
     def __post_init__(self) -> None:
+        self.arms = {str(name): changes for name, changes in self.arms.items()}  # YAML reads a name like 4 as a number
         if not self.arms:
             raise ValueError("arms is empty: a study needs at least one, `NAME: {}` is the base as it is")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

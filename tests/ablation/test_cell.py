@@ -82,13 +82,53 @@ class TestRun:
             folder.run(Processes())
         assert starts(folder) == 3
 
+    def test_not_for_ever_in_its_second_program(self, tmp_path: Path) -> None:
+        """The attempts that the first one took are not given back."""
+        folder = cell(tmp_path, signal=signal.SIGKILL, times=2)
+        killed = (sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)")
+        folder = CellFolder(folder.path, {"draws": "2"}, {**TRIVIAL, "evaluate": killed})
+        with pytest.raises(CellFailedError, match="evaluate was killed by signal 9"):
+            folder.run(Processes())
+        assert starts(folder) == 3
+
+    @pytest.mark.parametrize("name", ["version_0/run.json", "wall.json", "failed.json"])
+    def test_a_file_that_a_power_cut_left_empty(self, name: str, tmp_path: Path) -> None:
+        folder = cell(tmp_path)
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).touch()
+        folder.run(Processes())
+        assert folder.finished
+
+    def test_what_it_leaves_behind_is_ended_with_it(self, tmp_path: Path) -> None:
+        """As of several processes that train together, of which the first was killed."""
+        script = "import os, subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); os.abort()"
+        folder = CellFolder(cell(tmp_path).path, commands={"fit": (sys.executable, "-S", "-c", script)})
+        with pytest.raises(CellFailedError):
+            folder.run(Processes(), attempts=1)
+        child = int((folder.path / "log.txt").read_text().split()[0])
+        wait_for(
+            lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+        )
+
+    def test_one_that_does_not_listen_is_killed(self, tmp_path: Path) -> None:
+        deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        script = f"{deaf}print('on', flush=True); time.sleep(60)"
+        folder = CellFolder(cell(tmp_path).path, commands={"fit": (sys.executable, "-S", "-c", script)})
+        processes, begun = Processes(), time.monotonic()
+        thread = threading.Thread(target=folder.run, args=[processes])
+        thread.start()
+        wait_for(lambda: (folder.path / "log.txt").is_file() and (folder.path / "log.txt").read_text())
+        processes.stop(patience=0.2)
+        thread.join(timeout=10)
+        assert time.monotonic() - begun < 20
+        assert not thread.is_alive()
+
     def test_it_can_be_stopped(self, tmp_path: Path) -> None:
         folder, processes = cell(tmp_path, sleep=60), Processes()
         thread = threading.Thread(target=folder.run, args=[processes])
         thread.start()
         wait_for(lambda: starts(folder))
-        while processes.stop():
-            time.sleep(0.01)
+        processes.stop()
         thread.join(timeout=10)
         assert not thread.is_alive()
         assert starts(folder) == 1
@@ -113,6 +153,25 @@ class TestLock:
                 pass
         with locked(path):
             pass
+
+    def test_waiting_ends_when_nobody_wants_it(self, tmp_path: Path) -> None:
+        folder, processes = cell(tmp_path), Processes()
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                folder.run(processes)
+            except BlockingIOError as error:
+                failed.append(error)
+
+        with locked(folder.path / "lock"):
+            thread = threading.Thread(target=run)
+            thread.start()
+            time.sleep(0.3)
+            processes.stop()
+            thread.join(timeout=10)
+        assert len(failed) == 1
+        assert starts(folder) == 0
 
     def test_a_process_that_outlives_its_parent_is_waited_for(self, tmp_path: Path) -> None:
         """The parent is killed; its child works on, and is not started twice."""

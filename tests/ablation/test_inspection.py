@@ -6,7 +6,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dyn_lightning.ablation.inspection import ALL_MODES, Condition, Inspection, WholeBatches, uniform
+from dyn_lightning.ablation.inspection import ALL_MODES, Condition, Inspection, WholeBatches, check_resolutions, uniform
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.routing import AGGREGATIONS, aggregation, replaced
 from tests.noise import fill_with_noise_
@@ -19,7 +19,7 @@ class Net(nn.Module):
         super().__init__()
         self.low = DynamicConv2d(3, 6, 3, padding=1, num_kernels=3, temperature=1.0)
         self.pool = nn.MaxPool2d(2)
-        self.high = CondConv2d(6, 5, 3, padding=1, num_experts=4)
+        self.high = CondConv2d(6, 8, 3, padding=1, num_experts=4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.high(self.pool(self.low(x).relu())).mean((2, 3))
@@ -35,7 +35,7 @@ def net() -> Net:
 def loader(images: int = 23, batch_size: int = 5) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(images, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return DataLoader(TensorDataset(x, torch.randint(0, 5, (images,), generator=generator)), batch_size)
+    return DataLoader(TensorDataset(x, torch.randint(0, 8, (images,), generator=generator)), batch_size)
 
 
 def inspect(
@@ -65,6 +65,7 @@ class TestValues:
         row = by_name(inspect(model, data)[1])[mode]
         assert row["right"] == [int(best[:, 0].sum())]
         assert row["top5"] == pytest.approx(best.sum().item() / 23)
+        assert row["top1"] < row["top5"] < 1
         assert row["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
         assert row["images"] == 23
         assert row["top1_deviation"] is None
@@ -182,6 +183,15 @@ class TestRefuses:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             Inspection(model, conditions, **options)
+
+    def test_resolutions_that_no_router_sees(self) -> None:
+        check_resolutions(net(), [Condition(resolutions=[4, 14])], (3, 8, 8))
+        with pytest.raises(ValueError, match=r"resolutions=\[7, 14\] .* there are \[8, 4\] rows"):
+            check_resolutions(net(), [Condition(), Condition(resolutions=[7, 14])], (3, 8, 8))
+
+    def test_fewer_batches_than_ranks(self) -> None:
+        with pytest.raises(ValueError, match=r"trainer.devices=3, but 9 images in batches of 5 .* are 2 batches"):
+            WholeBatches(loader(9)).check(ALL_MODES, ranks=3)
 
     def test_one_image_in_a_batch(self) -> None:
         with pytest.raises(ValueError, match="'shuffle_across_images' needs 2 images in a batch"):

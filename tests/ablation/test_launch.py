@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dyn_lightning.ablation import harness
+from dyn_lightning.ablation.cell import CellFolder
 from dyn_lightning.ablation.harness import Display, StudyFolder, duration, run
 from dyn_lightning.ablation.launch import Job, Local
 from dyn_lightning.ablation.study import Cell
@@ -44,6 +46,27 @@ class TestLocal:
             "4 of 4: arm, seed 3 finished after 0 s",
         ]
 
+    def test_what_goes_wrong_here_is_noted_too(self, tmp_path: Path) -> None:
+        ((one, folder),) = pairs(tmp_path, {})
+        folder = CellFolder(folder.path, commands={"fit": ("/no/such/program",)})
+        run_all([(one, folder)])
+        assert folder.failure is not None
+        assert "FileNotFoundError" in folder.failure
+        assert "/no/such/program" in folder.failure
+
+    def test_a_report_that_fails_stops_nothing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(harness, "REPORT_EVERY", 0)
+        cells = pairs(tmp_path, {}, {})
+
+        def fails() -> None:
+            raise OSError("no space left")
+
+        run(cells, Local(), Display(cells, 1, None, fails))
+        assert all(folder.finished for _, folder in cells)
+        assert "no report now: OSError: no space left" in capsys.readouterr().out
+
     def test_an_interrupt_ends_what_runs_and_starts_nothing_more(self, tmp_path: Path) -> None:
         cells = pairs(tmp_path, *[{"sleep": 60}] * 3)
 
@@ -73,14 +96,14 @@ class TestLocal:
 
 
 def test_many_cells(tmp_path: Path) -> None:
-    """200 trivial cells cost less than a tenth of a second each beside their process, and no memory."""
+    """200 trivial cells cost little time and no memory."""
     cells = pairs(tmp_path, *[{}] * 200)
     run_all(cells[:20], 2)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     run_all(cells, 2)
     assert all(folder.finished for _, folder in cells)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 20 << 20
-    assert time.monotonic() - start < 3 * 200
+    assert time.monotonic() - start < 0.5 * 200
 
 
 class TestStudyFolder:
@@ -104,6 +127,11 @@ class TestStudyFolder:
         copies = {path.name: path.read_text() for path in (tmp_path / "out").glob("study*.yaml")}
         assert copies == {"study.yaml": "question: x\n", "study-1.yaml": "question: y\n"}
 
+    def test_one_that_was_killed_at_its_first_moment_goes_on(self, tmp_path: Path) -> None:
+        (out := tmp_path / "out").mkdir()
+        (out / "lock").write_text("77\n")
+        StudyFolder(out, "a").check()
+
     def test_refuses_another_study_s(self, tmp_path: Path) -> None:
         (file := tmp_path / "a.yaml").write_text("question: x\n")
         with StudyFolder(tmp_path / "out", "a").claimed(file):
@@ -122,6 +150,8 @@ class TestStudyFolder:
         another_seed = Cell("an arm", 3, {"lr": 0.1}, {})
         for each in (*cells, *earlier, another_seed):
             (tmp_path / "cells" / each.name).mkdir(parents=True)
+            (tmp_path / "cells" / each.name / "lock").touch()
+        (tmp_path / "cells" / Cell("never begun", 1, {}, {}).name).mkdir()
         found = StudyFolder(tmp_path, "a").left_aside(cells)
         assert found == sorted(each.name for each in earlier)
 

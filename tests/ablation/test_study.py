@@ -62,13 +62,22 @@ class TestBadInput:
             ("base", "none.yaml", "none.yaml"),
             ("baseline", "statics", "study.yaml: baseline: there is no arm 'statics', did you mean 'static'?"),
             ("inspect/arms", ["dyn"], "inspect.arms: there is no arm 'dyn'"),
-            ("inspect/draws", 0, "inspect.draws=0 must be at least 1"),
-            ("inspect/conditions", [{"mode": "mean"}], "mode='mean' does not exist"),
-            ("inspect/split", "train", "split"),
+            ("inspect/draws", 0, "study.yaml: inspect.draws=0 must be at least 1"),
+            ("inspect/conditions", [{"mode": "mean"}], "study.yaml: mode='mean' does not exist"),
+            ("inspect/split", "train", "study.yaml: inspect.split='train' must be val or test"),
+            (
+                "inspect/conditions",
+                [{"resolutions": [7], "name": "attention"}],
+                "dynamic: resolutions=[7] of 'attention'",
+            ),
+            ("arms/dynamic", {"ckpt_path": "best.ckpt"}, "arms.dynamic: ckpt_path=best.ckpt: cells start from nothing"),
+            ("arms/dynamic", {"trainer": {"fast_dev_run": True}}, "arms.dynamic: trainer.fast_dev_run leaves nothing"),
+            ("arms/dynamic", {"best": {"monitor": None}}, "arms.dynamic: inspect needs the best checkpoint"),
+            ("seconds", "long", "study.yaml: "),
             ("inspect/arms", ["static"], "study.yaml: arms.static: the model has no layer that routes images"),
-            ("published/tag", "memory", "published.tag='memory' must be one of ['read', 'second-hand']"),
+            ("published/tag", "memory", "study.yaml: published.tag='memory' must be one of ['read', 'second-hand']"),
             ("published/values", {"attentoin": 1.0}, "no arm or condition 'attentoin', did you mean 'attention'?"),
-            ("questoin", "x", "no key 'questoin', did you mean 'question'"),
+            ("questoin", "x", "study.yaml: there is no key 'questoin', did you mean 'question'"),
             ("metric", "test/top2", "arms.static: metric: there is no metric 'test/top2'"),
             (
                 "arms/dynamic",
@@ -95,6 +104,7 @@ class TestBadInput:
             (["--base", "nowhere.yaml"], "nowhere.yaml"),
             (["--jobs", "0"], "jobs=0 must be at least 1"),
             (["--sedes", "1"], "sedes"),
+            (["--report-only"], "--report-only: there is no study in runs/ablations/study"),
             (["--output", "small.yaml"], "exists and holds no study"),
         ],
         ids=str,
@@ -110,6 +120,20 @@ class TestBadInput:
 
 
 class TestDryRun:
+    def test_names_that_yaml_reads_as_numbers(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arms = {kernels: {"model": {"conv_args": {"num_kernels": kernels}}} for kernels in (2, 4)}
+        published = {**STUDY["published"], "values": {4: 69.4}}
+        study = {**STUDY, "arms": arms, "baseline": "2", "inspect": None, "published": published}
+        write_config(folder, "study.yaml", yaml.safe_dump(study))
+        main(["--config", "study.yaml", "--dry-run", "--only", "4"])
+        assert "2 of 4 cells to run" in capsys.readouterr().out
+
+    def test_another_base_takes_another_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_config(folder, "study.yaml", yaml.safe_dump({**STUDY, "seconds": 30, "machine": "two cores"}))
+        write_config(folder, "other.yaml")
+        main(["--config", "study.yaml", "--dry-run", "--base", "other.yaml"])
+        assert "4 of 4 cells to run, nobody knows how long one takes" in capsys.readouterr().out
+
     def test_lists_the_cells(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         study = {**STUDY, "seconds": 30, "machine": "two cores"}
         write_config(folder, "study.yaml", yaml.safe_dump(study, sort_keys=False))
