@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningDataModule
+from rich.console import Console
+from rich.markup import escape
 
 from dyn_lightning.ablation.harness import Display, Pairs, StudyFolder, duration, run, seconds_a_cell
 from dyn_lightning.ablation.inspection import Inspection, check_resolutions
@@ -94,10 +96,10 @@ def plan(study: Study, file: Path) -> list[Cell]:
     """List the cells, and build each arm once, to see that it can be trained and inspected."""
     cells = []
     bases = [word for path in study.bases for word in ("--config", str(path))]
-    for arm, changes in study.arms.items():
+    for number, (arm, changes) in enumerate(study.arms.items(), 1):
         overrides = ["--config", json.dumps(changes)] if changes else []
         try:
-            with _quiet():
+            with _quiet(), Console(stderr=True).status(f"building arm {number} of {len(study.arms)}: {escape(arm)}"):
                 cli = CellCLI([*bases, *overrides, "--name", arm])
             hparams, config = cli.model.hparams, cli.plain()
             size = hparams["image_size"]
@@ -156,15 +158,6 @@ def check(study: Study, arm: str, cli: CellCLI, shape: tuple[int, int, int] | No
     whole_batches(data, inspect.split).check(inspect.conditions, cli.trainer.world_size)
 
 
-def inspection(study: Study, arm: str) -> dict[str, str]:
-    """Give the arguments of ``evaluate`` for the networks of an arm; none if they are not inspected."""
-    inspect = study.inspect
-    if inspect is None or arm not in inspect.arms:
-        return {}
-    conditions = json.dumps([dataclasses.asdict(condition) for condition in inspect.conditions])
-    return {"split": inspect.split, "draws": str(inspect.draws), "conditions": conditions}
-
-
 def listing(study: Study, pairs: Pairs, chosen: Sequence[str], jobs: int) -> str:
     """Say what would be run, and how long that takes."""
     width, left = max(len(cell.arm) for cell, _ in pairs), 0
@@ -211,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"--report-only: there is no study in {folder.path}; --output says where it is")
         cells = plan(study, file)
         launcher = Local(options.jobs, max(cell.facts["devices"] for cell in cells))
-    pairs = list(zip(cells, folder.cells(cells, lambda cell: inspection(study, cell.arm)), strict=True))
+    pairs = list(zip(cells, folder.cells(cells, study.evaluation), strict=True))
     chosen = options.only or list(study.arms)
     if options.dry_run:
         print(listing(study, pairs, chosen, options.jobs))

@@ -18,7 +18,7 @@ from dyn_lightning.analyze import main
 from dyn_lightning.callbacks import group_tracker
 from dyn_lightning.data import Digits
 from dyn_lightning.fit import main as train
-from tests.command_line import ROOT, SMALL, in_this_process, write_config
+from tests.command_line import ROOT, SMALL, in_this_process, refused, write_config
 from tests.test_bad_input import changed
 
 ROUTED = ("backbone.conv2", "backbone.conv4")
@@ -208,24 +208,15 @@ class TestBadInput:
     def test_one_paragraph_and_nothing_left(
         self, arguments: list[str], says: str, run: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        self.refuses(capsys, says, "--config", str(run / "config.yaml"), *arguments)
-
-    def refuses(self, capsys: pytest.CaptureFixture[str], says: str, *arguments: str) -> None:
-        before = set(Path().rglob("*"))
-        with pytest.raises(SystemExit) as stopped:
-            main(list(arguments))
-        assert stopped.value.code == 2
-        assert set(Path().rglob("*")) == before
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert says in line
+        assert says in refused(capsys, main, "--config", str(run / "config.yaml"), *arguments)
 
     def test_no_run_of_this_name(self, capsys: pytest.CaptureFixture[str]) -> None:
         config = str(write_config(Path(), "other.yaml"))
-        self.refuses(capsys, "no run below runs/other has a checkpoint", "--config", config)
+        assert "no run below runs/other has a checkpoint" in refused(capsys, main, "--config", config)
 
     def test_no_test_split(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["--config", str(run / "config.yaml"), "--data", "tests.test_analyze.NoTest", "--split", "test"]
-        self.refuses(capsys, "--split test: the data (NoTest) have none, choose val", *arguments)
+        assert "--split test: the data (NoTest) have none, choose val" in refused(capsys, main, *arguments)
 
     def test_nothing_to_show(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = {**SMALL, "model": {**SMALL["model"], "conv": "static"}}
@@ -233,4 +224,6 @@ class TestBadInput:
         path = str(write_config(tmp_path, "plain.yaml", config))
         train(["--config", path, "--trainer.limit_train_batches", "1"])
         capsys.readouterr()
-        self.refuses(capsys, "there is nothing to show: the model has no layer that routes images", "--config", path)
+        assert "there is nothing to show: the model has no layer that routes images" in refused(
+            capsys, main, "--config", path
+        )

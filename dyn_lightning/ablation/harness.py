@@ -67,9 +67,9 @@ class StudyFolder:
                 write_whole(RunFolder(self.path).unused("study.yaml"), file.read_bytes())
             yield
 
-    def cells(self, cells: Sequence[Cell], inspections: Callable[[Cell], dict[str, str]]) -> list[CellFolder]:
-        """Give each cell its folder."""
-        return [CellFolder(self.path / "cells" / cell.name, inspections(cell)) for cell in cells]
+    def cells(self, cells: Sequence[Cell], evaluation: Callable[[str], dict[str, str]]) -> list[CellFolder]:
+        """Give each cell its folder; ``evaluation`` gives an arm's arguments of ``evaluate``."""
+        return [CellFolder(self.path / "cells" / cell.name, evaluation(cell.arm)) for cell in cells]
 
     def left_aside(self, cells: Sequence[Cell]) -> list[str]:
         """List the cells of an earlier version of the study: of other configurations, or of arms that are no more."""

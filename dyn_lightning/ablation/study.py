@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,13 @@ class Study:
         for name in self.published.values if self.published else []:
             if name not in rows:
                 raise ValueError(f"published.values: {unknown(name, rows, 'arm or condition')}")
+
+    def evaluation(self, arm: str) -> dict[str, str]:
+        """Give the arguments of ``evaluate`` for the networks of an arm; none if they are not inspected."""
+        if self.inspect is None or arm not in self.inspect.arms:
+            return {}
+        conditions = json.dumps([asdict(condition) for condition in self.inspect.conditions])
+        return {"split": self.inspect.split, "draws": str(self.inspect.draws), "conditions": conditions}
 
     @property
     def bases(self) -> list[Path]:

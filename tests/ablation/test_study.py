@@ -8,7 +8,7 @@ import yaml
 
 from dyn_lightning.ablate import main
 from dyn_lightning.ablation.study import Cell, digest
-from tests.command_line import ROOT, in_this_process, write_config
+from tests.command_line import ROOT, in_this_process, refused, write_config
 
 STUDY: dict[str, Any] = {
     "question": "Does the attention matter?",
@@ -40,17 +40,6 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         place = place[key]
     place[last] = value
     return study
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Give the message of what ends with exit code 2 before anything runs."""
-    before = set(Path().rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    assert stopped.value.code == 2
-    assert set(Path().rglob("*")) == before
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 class TestBadInput:
@@ -95,7 +84,7 @@ class TestBadInput:
         self, path: str, value: Any, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_config(folder, "study.yaml", yaml.safe_dump(changed(path, value), sort_keys=False))
-        assert says in refused(capsys, "--config", "study.yaml")
+        assert says in refused(capsys, main, "--config", "study.yaml")
 
     @pytest.mark.parametrize(
         ("arguments", "says"),
@@ -113,10 +102,10 @@ class TestBadInput:
         self, arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         write_config(folder, "study.yaml", STUDY)
-        assert says in refused(capsys, "--config", "study.yaml", *arguments)
+        assert says in refused(capsys, main, "--config", "study.yaml", *arguments)
 
     def test_no_file(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "nowhere.yaml" in refused(capsys, "--config", "nowhere.yaml")
+        assert "nowhere.yaml" in refused(capsys, main, "--config", "nowhere.yaml")
 
 
 class TestDryRun:
