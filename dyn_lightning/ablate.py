@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -20,9 +20,10 @@ from rich.markup import escape
 
 from dyn_lightning.ablation.harness import Display, Pairs, StudyFolder, duration, run, seconds_a_cell
 from dyn_lightning.ablation.inspection import Inspection, check_resolutions
-from dyn_lightning.ablation.launch import Local
+from dyn_lightning.ablation.launch import Launcher, Local
 from dyn_lightning.ablation.report import write_report
 from dyn_lightning.ablation.results import gather
+from dyn_lightning.ablation.slurm import Slurm
 from dyn_lightning.ablation.study import Cell, Study, digest
 from dyn_lightning.checks import unknown
 from dyn_lightning.cli import config_files, explain, first_error, has_test_split, readable_errors
@@ -73,6 +74,8 @@ def parse(args: list[str] | None) -> tuple[Any, Study]:
     parser.add_argument("--dry-run", action="store_true", help="Say what would be run.")
     parser.add_argument("--report-only", action="store_true", help="Make the report again.")
     parser.add_argument("--jobs", type=int, default=1, help="Cells at a time.")
+    parser.add_argument("--launcher", type=Literal["local", "slurm"], default="local", help="Where the cells run.")
+    parser.add_argument("--slurm", type=dict, default={}, help="Parameters of submitit.AutoExecutor: timeout_min, ...")
     parser.add_argument("--output", type=str | None, default=None, help="The folder. Default: runs/ablations/NAME")
     files = config_files(args)
     try:
@@ -203,7 +206,11 @@ def main(args: list[str] | None = None) -> None:
         if options.report_only and not folder.note.is_file():
             raise ValueError(f"--report-only: there is no study in {folder.path}; --output says where it is")
         cells = plan(study, file)
-        launcher = Local(options.jobs, max(cell.facts["devices"] for cell in cells))
+        launcher: Launcher
+        if options.launcher == "slurm":
+            launcher = Slurm(folder.path / "slurm", options.jobs, file.stem, options.slurm)
+        else:
+            launcher = Local(options.jobs, max(cell.facts["devices"] for cell in cells))
     pairs = list(zip(cells, folder.cells(cells, study.evaluation), strict=True))
     chosen = options.only or list(study.arms)
     if options.dry_run:

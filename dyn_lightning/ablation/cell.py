@@ -17,6 +17,7 @@ from dyn_lightning.ablation.study import digest
 from dyn_lightning.record import RunFolder, read_json, write_json
 
 LINES = 20  # of the log of a cell that failed
+NOT_INHERITED = ("PL_GLOBAL_SEED", "SLURM_", "SUBMITIT_")
 COMMANDS = {name: (sys.executable, "-m", f"dyn_lightning.{name}") for name in ("fit", "evaluate")}
 
 
@@ -25,9 +26,14 @@ class CellFailedError(RuntimeError):
 
 
 class Processes:
-    """The processes that one launcher has started, so that it can end them."""
+    """The processes that one launcher has started, so that it can end them.
 
-    def __init__(self) -> None:
+    Args:
+        sessions: whether each begins a session, so that Ctrl-C reaches this process alone, which ends the others.
+    """
+
+    def __init__(self, sessions: bool = True) -> None:
+        self.sessions = sessions
         self.stopped = False
         self._running: set[subprocess.Popen] = set()
 
@@ -41,7 +47,6 @@ class Processes:
             environment: its variables.
         """
         with log.open("ab") as file:
-            # In a session of its own, Ctrl-C reaches this process alone, which ends the others.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -49,7 +54,7 @@ class Processes:
                 stderr=file,
                 env=environment,
                 pass_fds=[lock],
-                start_new_session=True,
+                start_new_session=self.sessions,
             )
         self._running.add(process)
         try:
@@ -58,7 +63,7 @@ class Processes:
             return process.wait()
         finally:
             self._running.discard(process)
-            _kill_group(process)  # of several processes that train together, the others
+            self._kill(process)  # of several processes that train together, the others
 
     def stop(self, patience: float = 30.0) -> None:
         """End all that runs: ask first, and kill what has not ended after some seconds."""
@@ -69,12 +74,15 @@ class Processes:
         while self._running and time.monotonic() < end:
             time.sleep(0.05)
         for process in list(self._running):
-            _kill_group(process)
+            self._kill(process)
 
-
-def _kill_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    def _kill(self, process: subprocess.Popen) -> None:
+        """Kill what a process may have left, or itself where there is no session of it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.sessions:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,9 @@ class CellFolder:
         Raises:
             CellFailedError: a process has ended with an error.
         """
-        variables = {**os.environ, **(environment or {})}
-        variables.pop("PL_GLOBAL_SEED", None)  # of the process that started this one
+        # Of the process that started this one: its seed, and its place among a job's tasks, which would become ranks.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+        variables = {**inherited, **(environment or {})}
         with locked(self.path / "lock", lambda: not processes.stopped) as lock:
             (self.path / "failed.json").unlink(missing_ok=True)
             while (step := self._next()) is not None and not processes.stopped:

@@ -16,6 +16,7 @@ from dyn_lightning.record import RunFolder, read_json, write_json, write_whole
 
 LOOK_EVERY = 0.2  # seconds
 REPORT_EVERY = 30.0  # seconds, while cells run
+STARTS = 3  # of a cell whose jobs end without a word
 
 Pairs = Sequence[tuple[Cell, CellFolder]]
 
@@ -92,12 +93,21 @@ def run(pairs: Pairs, launcher: Launcher, display: "Display") -> None:
         config = folder.path / "cell.yaml"
         if not config.is_file():
             write_whole(config, yaml.safe_dump(dict(cell.config), sort_keys=False).encode())
+    folders = [folder for _, folder in pairs]
     with launcher, display:
-        jobs = launcher.submit([folder for _, folder in pairs])
-        while not all(job.done() for job in jobs):
-            display.show(jobs)
+        jobs, starts = list(launcher.submit(folders)), [1] * len(pairs)
+        settled: set[int] = set()
+        while len(settled) < len(jobs):
+            ended = [place for place, job in enumerate(jobs) if place not in settled and job.done()]
+            # A job may end without a word, as when its node fails: it is started again, and goes on where it was.
+            lost = [place for place in ended if not (folders[place].finished or folders[place].failure)]
+            lost = [place for place in lost if starts[place] < STARTS]
+            for place, job in zip(lost, launcher.submit([folders[place] for place in lost]), strict=True):
+                jobs[place] = job
+                starts[place] += 1
+            settled.update(set(ended) - set(lost))
+            display.show(jobs, settled)
             time.sleep(LOOK_EVERY)
-        display.show(jobs)
 
 
 class Display:
@@ -128,9 +138,8 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._status.stop()
 
-    def show(self, jobs: Sequence[Job]) -> None:
-        """Show what has changed."""
-        ended = {place for place, job in enumerate(jobs) if job.done()}
+    def show(self, jobs: Sequence[Job], ended: set[int]) -> None:
+        """Show what has changed; ``ended`` are the places of jobs that will not be started again."""
         for place in sorted(ended - self._ended):
             self._ended.add(place)
             self._end(place, len(jobs))

@@ -22,7 +22,7 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """Runs cells somewhere, inside its context; what still runs when that is left by an error is ended."""
+    """Runs cells somewhere, inside its context."""
 
     def submit(self, cells: Sequence[CellFolder]) -> Sequence[Job]:
         """Start the cells, or let them wait for their turn."""
@@ -31,11 +31,11 @@ class Launcher(Protocol):
         """Make ready."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """End what still runs."""
+        """Say what becomes of what still runs."""
 
 
 class Local:
-    """Runs some cells at a time on this machine.
+    """Runs some cells at a time on this machine; what still runs when it is left by an error is ended.
 
     On one with GPUs each has as many of them as a cell takes for itself; processor cores are shared out evenly, unless
     ``OMP_NUM_THREADS`` is set.

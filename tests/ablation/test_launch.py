@@ -71,7 +71,7 @@ class TestLocal:
         cells = pairs(tmp_path, *[{"sleep": 60}] * 3)
 
         class Interrupted(Display):
-            def show(self, jobs: Sequence[Job]) -> None:
+            def show(self, jobs: Sequence[Job], ended: set[int]) -> None:
                 wait_for(lambda: starts(cells[0][1]))
                 raise KeyboardInterrupt
 
