@@ -135,7 +135,8 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.INFO)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
+            for text in ("LightningCLI's args parameter is intended to run from within", "The `srun` command is"):
+                warnings.filterwarnings("ignore", message=text)
             yield
     finally:
         logging.disable(logging.NOTSET)
