@@ -21,6 +21,8 @@ from dyn_lightning.ablate import main
 from dyn_lightning.data import Digits
 from tests.command_line import ROOT, SMALL, fit, in_this_process, write_config
 
+pytestmark = pytest.mark.slow
+
 ARMS: dict[str, Any] = {"static": {"model": {"conv": "static", "conv_args": None}}, "dynamic": {}}
 STUDY: dict[str, Any] = {
     "question": "Does the attention matter, or <not>?",
@@ -123,7 +125,7 @@ class TestStudy:
         text = (out / "report.md").read_text()
         mean = 100 * results(folder)["arms"]["dynamic"]["metric"]["mean"]
         (row,) = [line for line in text.splitlines() if line.startswith("| dynamic ")]
-        assert f" {mean:.2f} +- " in row
+        assert f" {mean:.2f} ± " in row
         assert " 69.9 |" in row
         (row,) = [line for line in text.splitlines() if line.startswith("| attention ")]
         assert " 69.4 |" in row
@@ -230,7 +232,6 @@ class TestFailures:
         assert "RuntimeError: on purpose" in report
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Harness or cell is killed five times; the results are those of a study that nobody disturbed."""
     expected = None

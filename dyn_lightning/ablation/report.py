@@ -143,7 +143,7 @@ def _arms(study: Study, results: dict[str, Any]) -> Table:
             ]
         )
     difference = f"minus {study.baseline}, paired by seed" if study.baseline else "difference"
-    head = ["", f"{study.metric}, % +- s.d.", "95 % interval", "seeds", difference, _source(study.published)]
+    head = ["", f"{study.metric}, % ± s.d.", "95 % interval", "seeds", difference, _source(study.published)]
     head += ["M parameters", "M multiply-adds", "seconds", "device-hours", "peak memory, MiB"]
     return _without_empty(Table("Trained networks", "", head, rows))
 
@@ -162,7 +162,7 @@ def _conditions(study: Study, arm: str, conditions: dict[str, Any]) -> Table:
     ]
     head = [
         "routing weights",
-        "top-1, % +- s.d.",
+        "top-1, % ± s.d.",
         "95 % interval",
         "seeds",
         "s.d. of the draws",
@@ -224,7 +224,7 @@ def _without_empty(each: Table) -> Table:
 def _mean(summary: Mapping[str, Any], sign: str = "") -> str:
     if summary["mean"] is None:
         return ""
-    deviation = "" if summary["deviation"] is None else f" +- {100 * summary['deviation']:.2f}"
+    deviation = "" if summary["deviation"] is None else f" ± {100 * summary['deviation']:.2f}"
     return f"{100 * summary['mean']:{sign}.2f}{deviation}"
 
 
@@ -237,7 +237,7 @@ def _interval(summary: Mapping[str, Any]) -> str:
 
 def _published(published: Published | None, name: str) -> str:
     value = None if published is None else published.values.get(name)
-    return "" if value is None else f"{value:g}"
+    return "" if value is None else f"{value:.1f}" if value == round(value, 1) else f"{value:g}"
 
 
 def _source(published: Published | None) -> str:
