@@ -26,8 +26,9 @@ from dyn_lightning.ablation.results import gather
 from dyn_lightning.ablation.slurm import Slurm
 from dyn_lightning.ablation.study import Cell, Study, digest
 from dyn_lightning.checks import unknown
-from dyn_lightning.cli import config_files, explain, first_error, has_test_split, readable_errors
+from dyn_lightning.cli import has_test_split
 from dyn_lightning.cost import multiply_adds, parameters
+from dyn_lightning.errors import config_files, explain, first_error, readable_errors
 from dyn_lightning.evaluate import whole_batches
 from dyn_lightning.fit import FitCLI
 

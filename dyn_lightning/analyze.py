@@ -13,7 +13,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from dyn_lightning.callbacks import ExpertExamples, GroupTracker, RoutingReport
 from dyn_lightning.callbacks.default import default_observers
 from dyn_lightning.callbacks.routing_observer import RoutingObserver
-from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI, readable_errors
+from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI
+from dyn_lightning.errors import readable_errors
 from dyn_lightning.page import Page
 from dyn_lightning.protocols import Grouped, named_layers
 from dyn_lightning.record import Record

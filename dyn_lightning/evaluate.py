@@ -12,7 +12,8 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
 from dyn_lightning.ablation.inspection import ALL_MODES, Condition, Inspection, WholeBatches, check_resolutions
-from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI, readable_errors
+from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI
+from dyn_lightning.errors import readable_errors
 from dyn_lightning.record import Record
 from dyn_lightning.routing import replaced
 

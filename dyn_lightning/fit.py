@@ -9,8 +9,9 @@ from pytorch_lightning import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from dyn_lightning.cli import CLI, has_test_split, keep_metrics, readable_errors
+from dyn_lightning.cli import CLI, has_test_split, keep_metrics
 from dyn_lightning.cost import multiply_adds, parameters
+from dyn_lightning.errors import readable_errors
 from dyn_lightning.record import Record, RunFolder
 
 

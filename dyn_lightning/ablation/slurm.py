@@ -1,6 +1,5 @@
 """Runs the cells of a study as the jobs of a SLURM array, through submitit."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -67,12 +66,12 @@ class Slurm:
     """
 
     def __init__(self, folder: Path, jobs: int, name: str, options: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("submitit") is None:
-            raise ValueError("launcher=slurm needs submitit: pip install 'dyn-lightning[slurm]'")
+        try:
+            import submitit
+        except ImportError as error:
+            raise ValueError("launcher=slurm needs submitit: pip install 'dyn-lightning[slurm]'") from error
         if shutil.which("sbatch") is None:
             raise ValueError("launcher=slurm: there is no SLURM here (no command sbatch)")
-        import submitit
-
         self.folder = folder
         self._executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=TIMEOUTS)
         try:

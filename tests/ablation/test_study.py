@@ -1,5 +1,6 @@
 import copy
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ class TestBadInput:
     ) -> None:
         write_config(folder, "study.yaml", STUDY)
         assert says in refused(capsys, main, "--config", "study.yaml", *arguments)
+
+    def test_no_slurm(self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        write_config(folder, "study.yaml", yaml.safe_dump(STUDY, sort_keys=False))
+        monkeypatch.setenv("PATH", str(folder))
+        said = refused(capsys, main, "--config", "study.yaml", "--launcher", "slurm")
+        assert "launcher=slurm: there is no SLURM here (no command sbatch)" in said
+        monkeypatch.setitem(sys.modules, "submitit", None)
+        said = refused(capsys, main, "--config", "study.yaml", "--launcher", "slurm")
+        assert "launcher=slurm needs submitit: pip install" in said
 
     def test_no_file(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "nowhere.yaml" in refused(capsys, main, "--config", "nowhere.yaml")
