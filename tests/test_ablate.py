@@ -1,5 +1,6 @@
 """The whole harness with real cells, as a user runs it."""
 
+import contextlib
 import csv
 import json
 import os
@@ -239,18 +240,23 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     for name, kills in (("whole", 0), ("killed", 5)):
         folder = tmp_path / name
         folder.mkdir()
-        write_config(folder)
+        write_config(folder, config={**SMALL, "trainer": {**SMALL["trainer"], "max_epochs": 8}})
         write_study(folder, seeds=[1])
         moments = random.Random(7)
         for kill in range(kills):
             command = [sys.executable, "-m", "dyn_lightning.ablate", "--config", "study.yaml"]
             harness = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
-            wait_for(lambda: cells_of(folder))  # noqa: B023 - called at once
-            time.sleep(moments.uniform(0, 8))
             if kill % 2:
+                saved = checkpoints(folder)
+                wait_for(lambda: checkpoints(folder) - saved, seconds=120)  # noqa: B023 - called at once
+                time.sleep(moments.uniform(0, 0.5))
                 for process in cells_of(folder):
                     os.kill(process, signal.SIGKILL)
                 time.sleep(moments.uniform(0, 2))
+            else:
+                wait_for(lambda: cells_of(folder), seconds=120)  # noqa: B023 - called at once
+                time.sleep(moments.uniform(0, 8))
+            assert harness.poll() is None
             harness.kill()
             harness.wait()
         done = ablate(folder)
@@ -258,11 +264,20 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         found = values(results(folder))
         expected = expected or found
         assert found == expected
-        begun = len(list(folder.glob("runs/ablations/study/cells/*/version_*/run*.json")))
-        assert (begun > 2) == bool(kills)
+        starts = list(folder.glob("runs/ablations/study/cells/*/version_0/run*.json"))
+        assert len(starts) >= 2 + kills // 2  # that did train: two cells, and again after each kill of one
 
 
-CELL = f"{sys.executable}\0-m\0dyn_lightning.".encode()
+def checkpoints(folder: Path) -> set[tuple[Path, int]]:
+    """Find the checkpoints to go on from, with the times they were written at."""
+    found = set()
+    for path in folder.rglob("last.ckpt"):
+        with contextlib.suppress(OSError):
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
+CELLS = tuple(f"{sys.executable}\0-m\0dyn_lightning.{program}\0".encode() for program in ("fit", "evaluate"))
 
 
 def cells_of(folder: Path) -> list[int]:
@@ -270,7 +285,7 @@ def cells_of(folder: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if path.joinpath("cwd").resolve() == folder and (path / "cmdline").read_bytes().startswith(CELL):
+            if path.joinpath("cwd").resolve() == folder and (path / "cmdline").read_bytes().startswith(CELLS):
                 found.append(int(path.name))
         except OSError:
             continue

@@ -27,8 +27,8 @@ def starts(folder: CellFolder) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def wait_for(condition: Any) -> None:
-    end = time.monotonic() + 30
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
