@@ -17,11 +17,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from dyn_lightning.callbacks import TemperatureAnnealing
-from dyn_lightning.convert import ConversionReport, convert, resolve_conv
+from dyn_lightning.convert import ConversionReport, convert, first_convolution, resolve_conv
 from dyn_lightning.cost import empty_images, evaluating
 from dyn_lightning.data.module import derive_seed
 from dyn_lightning.layers import CONVS
-from dyn_lightning.models.backbone import UnknownNameError, build_backbone, first_conv, import_object
+from dyn_lightning.models.backbone import UnknownNameError, build_backbone, import_object
 from dyn_lightning.protocols import Annealed, Grouped
 from dyn_lightning.routing import named_routers
 
@@ -135,6 +135,8 @@ class ImageClassifier(LightningModule):
             backbone = build_backbone(backbone, num_classes, channels, **(backbone_args or {}))
         if weights is not None:
             load_weights(backbone, weights)
+        if image_size is not None:
+            _check_channels(backbone, channels)
         self.conversion: ConversionReport | None = None
         if conv != "static":
             layer = _resolve_conv(conv)
@@ -330,14 +332,17 @@ def _check_group_budget(divisor: float, backbone: nn.Module) -> None:
         )
 
 
+def _check_channels(backbone: nn.Module, channels: int) -> None:
+    name = first_convolution(backbone)
+    takes: Any = backbone.get_submodule(name).in_channels if name else channels
+    if takes != channels:
+        raise ValueError(
+            f"the backbone's first convolution {name!r} takes {takes} channels, but the images have {channels}"
+        )
+
+
 def _try_backbone(backbone: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
     """Run two empty images through the backbone, so that what does not fit is said before training."""
-    stem = first_conv(backbone)
-    if stem is not None and stem[1].in_channels != shape[0]:
-        raise ValueError(
-            f"the backbone's first convolution {stem[0]!r} takes {stem[1].in_channels} channels, but the images have "
-            f"{shape[0]}"
-        )
     try:
         with evaluating(backbone), torch.no_grad():
             output = backbone(empty_images(backbone, 2, shape))

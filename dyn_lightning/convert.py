@@ -176,7 +176,7 @@ def convert(
             container (``nn.Sequential``); a stage is blocks of one container up to the next one with a stride. Needs a
             layer with the option ``router``, as CondConv has.
         hierarchical: let each router also see the routing weights of the one before.
-        classifier: replace the last ``nn.Linear`` too (by ``CondLinear``, for CondConv).
+        classifier: replace the last ``nn.Linear`` too (by ``CondLinear``, for CondConv); with ``exclude="*"`` it alone.
         options: the layer's own, as ``num_kernels=4``, or arguments in the place of the convolution's, as
             ``kernel_size=5`` (the padding is adapted).
 
@@ -206,7 +206,7 @@ def convert(
         if isinstance(selection, list):
             check_globs(argument, selection, convolutions, "convolution")
 
-    first = _first(model)
+    first = first_convolution(model)
     reasons = {
         name: _reason(name, old, model, rule.leaves, name == first, include, exclude)
         for name, old in convolutions.items()
@@ -217,6 +217,8 @@ def convert(
     layers = [name for name, reason in reasons.items() if reason != SQUEEZE]
     sharing = Sharing(model, layers, share, hierarchical, options.get("router", "sigmoid"))
     made = _make_layers(make, convolutions, reasons, {**rule.options, **options}, sharing, by_rule=include is None)
+    if not made and not classifier:
+        raise ValueError(f"no convolution would be replaced: {reasons}")
     new_pass = sharing.finish()
     linears = _make_classifier(model, layer, upcycle, options) if classifier else {}
 
@@ -301,8 +303,8 @@ def _make_layers(
                 continue
             sharing.made(name, instead[id(old)])
         made[name] = instead[id(old)]
-    if not made:
-        raise refusal or ValueError(f"no convolution would be replaced: {reasons}")
+    if refusal and not made:
+        raise refusal
     return made
 
 
@@ -351,7 +353,7 @@ def _find(model: nn.Module) -> dict[str, nn.Conv2d]:
     return found
 
 
-def _first(model: nn.Module) -> str:
+def first_convolution(model: nn.Module) -> str:
     """Name the network's first convolution; empty if it was replaced before."""
     for name, module in model.named_modules():
         if name and isinstance(module, (nn.Conv2d, *REPLACED)):

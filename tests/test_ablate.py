@@ -22,6 +22,7 @@ from dyn_lightning.ablate import main
 from dyn_lightning.data import Digits
 from tests.ablation.test_cell import wait_for
 from tests.command_line import ROOT, SMALL, fit, in_this_process, write_config
+from tests.data.test_image_folder import make_images
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +45,10 @@ def write_study(folder: Path, **changes: Any) -> None:
     write_config(folder, "study.yaml", yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
 
 
-def ablate(folder: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dyn_lightning.ablate", "--config", "study.yaml", *arguments]
+def ablate(
+    folder: Path, *arguments: str, study: str = "study.yaml", timeout: float = 300
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dyn_lightning.ablate", "--config", study, *arguments]
     return subprocess.run(
         command,
         cwd=folder,
@@ -218,6 +221,23 @@ class TestEvaluate:
         losses = [[row["loss"] for row in found[devices]["conditions"]] for devices in (1, 2)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
         assert found[2]["devices"] == 2
+
+
+def test_on_imagenet(tmp_path: Path) -> None:
+    """A study of the digits trains the network of the paper on a folder of images, at their size; a few of them."""
+    make_images(tmp_path / "data" / "imagenet")
+    few = {"data": {"init_args": {"batch_size": 3, "num_workers": 0}}, "trainer": {"max_epochs": 1}}
+    write_config(tmp_path, "few.yaml", few)
+    bases = [str(ROOT / "experiments" / "imagenet" / "dy_mobilenet_v2_x0.5.yaml"), "few.yaml"]
+    study = ROOT / "experiments" / "ablations" / "where.yaml"
+    arguments = ["--base", json.dumps(bases), "--seeds", "1", "--output", "here"]
+    done = ablate(tmp_path, *arguments, study=str(study))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "here" / "results.json").read_text())
+    assert [(row["arm"], row["status"]) for row in found["cells"]] == [("static", "finished"), ("dynamic", "finished")]
+    static, dynamic = (row["parameters"] for row in found["cells"])
+    assert dynamic - static == 3_940_000 - 1_970_000
+    assert [row["images"] for row in found["cells"][1]["conditions"].values()] == [6] * 5  # of the folder val
 
 
 class TestFailures:

@@ -23,7 +23,7 @@ from dyn_lightning.classifier import (
     warmup_cosine,
 )
 from dyn_lightning.data.module import derive_seed
-from dyn_lightning.layers import CondConv2d, DGConv2d, DynamicConv2d
+from dyn_lightning.layers import CondConv2d, DGConv2d, DOConv2d, DynamicConv2d
 from tests.noise import randomize_norms_
 from tests.tolerances import assert_close
 from tests.training import TASK, Batches, Constant, Mixed, classifier, digits, dynamic, fit, head, static, warns_once
@@ -436,6 +436,12 @@ class TestBackbone:
     def test_refuses_a_backbone(self, backbone: nn.Module, task: dict[str, int], message: str) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
             classifier(backbone, **task)
+
+    def test_takes_a_first_convolution_that_is_replaced(self) -> None:
+        """DO-Conv's rule leaves the 1x1 convolutions alone: the first that is left takes 64 channels."""
+        model = ImageClassifier("resnet50", conv="doconv", num_classes=10, channels=3, image_size=32)
+        assert isinstance(model.backbone.conv1, DOConv2d)
+        assert ImageClassifier(model.backbone, num_classes=10, channels=3, image_size=32)
 
     def test_refuses_an_image_that_is_too_small(self) -> None:
         with pytest.raises(ValueError, match=re.escape("the backbone cannot take an image of shape (3, 32, 32): ")):

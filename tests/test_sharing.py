@@ -498,6 +498,12 @@ class TestCondLinear:
         assert model.head is model.fc
         assert len(model.fc.weight) == 3
 
+    def test_convert_replaces_the_classifier_alone(self) -> None:
+        model = torchvision.models.resnet18()
+        report = convert(model, "condconv", exclude="*", classifier=True, num_experts=3)
+        assert [row.name for row in report.rows if not row.reason] == ["fc"]
+        assert isinstance(model.fc, CondLinear)
+
     def test_convert_refuses_a_classifier_that_is_not_there(self) -> None:
         with pytest.raises(ValueError, match=r"classifier=True, but Net has no nn\.Linear"):
             convert(Net(), "condconv", classifier=True)

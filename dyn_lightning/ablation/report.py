@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from dyn_lightning.ablation.study import Published, Study
 from dyn_lightning.analysis.html import document, picture, table
+from dyn_lightning.checks import matches
 from dyn_lightning.record import write_json, write_whole
 
 # The columns of cells.csv.
@@ -50,7 +51,7 @@ def write_report(folder: Path, study: Study, results: dict[str, Any], left_aside
     """
     write_json(folder / "results.json", results)
     write_whole(folder / "cells.csv", _cells(results["cells"]))
-    tables, plots = [_facts(results), _arms(study, results)], []
+    tables, plots = [_facts(results), _arms(study, results), *_shown(results)], []
     if len(results["arms"]) > 1 or not results["conditions"]:
         plots.append(Plot(study.metric, study.metric, {arm: each["metric"] for arm, each in results["arms"].items()}))
     for arm, conditions in results["conditions"].items():
@@ -148,6 +149,16 @@ def _arms(study: Study, results: dict[str, Any]) -> Table:
     return _without_empty(Table("Trained networks", "", head, rows))
 
 
+def _shown(results: dict[str, Any]) -> list[Table]:
+    shown = {arm: each["shown"] for arm, each in results["arms"].items() if each["shown"]}
+    names = dict.fromkeys(name for each in shown.values() for name in each)
+    rows = [
+        [name, *("" if each.get(name) is None else f"{each[name]:.4g}" for each in shown.values())] for name in names
+    ]
+    text = "Means over the seeds; what is not of the validation or the test is as it was after the last epoch."
+    return [Table("Recorded numbers", text, ["", *shown], rows)] if rows else []
+
+
 def _conditions(study: Study, arm: str, conditions: dict[str, Any]) -> Table:
     rows = [
         [
@@ -178,6 +189,9 @@ def _notes(study: Study, results: dict[str, Any], left_aside: Sequence[str]) -> 
         second = " (second-hand: quoted by another text)" if study.published.tag == "second-hand" else ""
         notes.insert(0, f"published: {study.published.source}{second}. {study.published.setup}".strip())
     waiting = [f"{row['arm']}, seed {row['seed']}" for row in results["cells"] if row["status"] == "unfinished"]
+    recorded = [name for row in results["cells"] for name in row["metrics"]]
+    unseen = [glob for glob in study.show if recorded and not any(matches(name, [glob]) for name in recorded)]
+    notes += [f"show: no cell has recorded a number {glob!r}" for glob in unseen]
     notes += [f"not run to the end: {'; '.join(waiting)}"] if waiting else []
     notes += [f"left aside, of an earlier version of the study: {name}" for name in left_aside]
     commits = {row["commit"] for row in results["cells"] if row["commit"]}

@@ -11,6 +11,7 @@ from scipy import stats
 
 from dyn_lightning.ablation.cell import CellFolder
 from dyn_lightning.ablation.study import Cell, Study
+from dyn_lightning.checks import matches
 
 CONFIDENCE = 0.95
 
@@ -55,8 +56,8 @@ def gather(study: Study, cells: Sequence[tuple[Cell, CellFolder]]) -> dict[str, 
         cells: with their folders.
 
     Returns:
-        Plain values: ``cells``, a row each; ``arms`` with a summary of the metric, of its differences to the baseline
-        and of the costs; ``conditions`` by arm, with a summary of the accuracy.
+        Plain values: ``cells``, a row each; ``arms`` with a summary of the metric, of its differences to the baseline,
+        of the costs and of what is shown beside; ``conditions`` by arm, with a summary of the accuracy.
     """
     rows = [_row(study, cell, folder) for cell, folder in cells]
     of_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in study.arms}
@@ -73,6 +74,7 @@ def gather(study: Study, cells: Sequence[tuple[Cell, CellFolder]]) -> dict[str, 
             "difference": None if arm == study.baseline or not base else asdict(Summary.of(paired)),
             **{key: found[0][key] for key in ("parameters", "multiply_adds")},
             **{key: _mean([row[key] for row in found]) for key in ("seconds", "device_hours", "peak_memory")},
+            "shown": _shown(study.show, found),
         }
     return {"cells": rows, "arms": arms, "conditions": _conditions(of_arm)}
 
@@ -99,6 +101,13 @@ def _row(study: Study, cell: Cell, folder: CellFolder) -> dict[str, Any]:
         "conditions": {row["name"]: row for row in inspected.get("conditions", [])},
         "failure": failure,
     }
+
+
+def _shown(globs: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Give the means of the recorded numbers that are shown, in the order of the globs."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    chosen = dict.fromkeys(name for glob in globs for name in names if matches(name, [glob]))
+    return {name: _mean([row["metrics"].get(name) for row in rows]) for name in chosen}
 
 
 def _conditions(of_arm: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -47,7 +47,7 @@ class Published:
 
     Args:
         source: which table of which paper.
-        tag: ``"read"`` in the paper or its authors' code, or ``"second-hand"``, in a text that quotes it.
+        tag: ``"read"`` in the source, or ``"second-hand"``, in a text that quotes it.
         values: per cent, by the name of an arm or of a condition.
         setup: the network and the data that they are of.
 
@@ -78,6 +78,7 @@ class Study:
         seeds: each arm is trained once with each.
         metric: the number that is compared, as ``fit`` records it.
         inspect: what trained networks are tested under, without training.
+        show: globs over the numbers that ``fit`` records (``test/loss``, ``groups/*``), for a table of their own.
         published: the numbers of the paper.
         differs: what is not as in the paper.
         seconds: that one network takes, trained and inspected, on the machine that ``machine`` says.
@@ -94,6 +95,7 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     metric: str = "test/top1"
     inspect: Inspect | None = None
+    show: list[str] = field(default_factory=list)
     published: Published | None = None
     differs: list[str] = field(default_factory=list)
     seconds: float | None = None

@@ -16,6 +16,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ImageFolder(ImageDataModule):
     """Colour images below ``root/train/CLASS``, ``root/val/CLASS`` and, if it exists, ``root/test/CLASS``.
 
+    The labels of ImageNet's test images are not public: papers test on its validation images, as ``test="val"`` does.
+
     Training images are cropped at random (8 to 100 % of the area) and flipped; the others are resized so that the short
     side is 8/7 of ``image_size`` and cropped in the centre: the usual ImageNet recipe.
 
@@ -24,6 +26,7 @@ class ImageFolder(ImageDataModule):
         image_size: rows and columns after cropping.
         batch_size: images a step and rank.
         num_workers: processes that load images.
+        test: the folder below ``root`` whose images are tested; without a folder ``test`` none are.
 
     Raises:
         ValueError: a folder is missing or empty, or the splits have different classes.
@@ -31,7 +34,9 @@ class ImageFolder(ImageDataModule):
 
     mean, std = MEAN, STD
 
-    def __init__(self, root: str, image_size: int = 224, batch_size: int = 32, num_workers: int = 2) -> None:
+    def __init__(
+        self, root: str, image_size: int = 224, batch_size: int = 32, num_workers: int = 2, test: str = "test"
+    ) -> None:
         path = Path(root)
         for split in ("train", "val"):
             if not (path / split).is_dir():
@@ -47,8 +52,8 @@ class ImageFolder(ImageDataModule):
         self.train_set: Dataset = train
         self.val_set: Dataset = self._same_classes(_folder(path / "val", centre))
         self.test_set: Dataset | None = None
-        if (path / "test").is_dir():
-            self.test_set = self._same_classes(_folder(path / "test", centre))
+        if test != "test" or (path / test).is_dir():
+            self.test_set = self._same_classes(_folder(path / test, centre))
 
     def _same_classes(self, folder: datasets.ImageFolder) -> datasets.ImageFolder:
         if tuple(folder.classes) != self.class_names:

@@ -72,6 +72,25 @@ class TestNumbers:
         assert results["arms"]["ours"]["difference"]["mean"] is None
         assert row(text, "ours")[1] == "60.00"
 
+    def test_recorded_numbers_that_the_study_shows(self, tmp_path: Path) -> None:
+        found = cells(
+            tmp_path,
+            base=[{}],
+            few=[{"metrics": {"groups/a": groups, "groups/b": 1.0, "loss": 2.5}} for groups in (2.0, 4.0)],
+            many=[{"metrics": {"groups/a": 16.0, "groups/c": None}}],
+        )
+        text, results = report(tmp_path, study("base", "few", "many", show=["loss", "groups/*", "nothing*"]), found)
+        assert [line for line in text.split("## Recorded numbers")[1].splitlines() if line.startswith("|")] == [
+            "|  | few | many |",
+            "| --- | --- | --- |",
+            "| loss | 2.5 |  |",
+            "| groups/a | 3 | 16 |",
+            "| groups/b | 1 |  |",
+            "| groups/c |  |  |",
+        ]
+        assert results["arms"]["few"]["shown"] == {"loss": 2.5, "groups/a": 3.0, "groups/b": 1.0}
+        assert "- show: no cell has recorded a number 'nothing\\*'" in text
+
     @pytest.mark.parametrize(("value", "shown"), [(36.0, "36.0"), (69.4, "69.4"), (95.25, "95.25")])
     def test_published_digits_are_shown_as_they_are(self, value: float, shown: str, tmp_path: Path) -> None:
         published = Published("a paper", "read", {"ours": value})

@@ -10,6 +10,7 @@ import yaml
 from dyn_lightning.ablate import main
 from dyn_lightning.ablation.study import Cell, digest
 from tests.command_line import ROOT, in_this_process, refused, write_config
+from tests.data.test_image_folder import make_images
 
 STUDY: dict[str, Any] = {
     "question": "Does the attention matter?",
@@ -160,6 +161,16 @@ def test_the_studies_can_be_run(path: Path, folder: Path, capsys: pytest.Capture
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# Question: ")
     assert f"# Command:  python -m dyn_lightning.ablate --config experiments/ablations/{path.name}" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes")
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_can_be_run_on_imagenet(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(folder / "data" / "imagenet")
+    (base,) = re.findall(r"^# ImageNet: --base (\S+)$", path.read_text(), re.MULTILINE)
+    main(["--config", str(path), "--base", str(ROOT / base), "--dry-run"])
+    assert re.search(r"(\d+) of \1 cells to run, nobody knows how long one takes$", capsys.readouterr().out)
 
 
 class TestCell:

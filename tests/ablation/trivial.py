@@ -1,6 +1,7 @@
 """Stands for `fit` where a test asks what the harness does: takes its arguments, and leaves what it leaves.
 
-`cell.yaml` says what happens: `{"exit": 3}`, `{"signal": 9, "times": 2}`, `{"sleep": 1.5}`.
+`cell.yaml` says what happens: `{"exit": 3}`, `{"signal": 9, "times": 2}`, `{"sleep": 1.5}`, `{"value": 0.9}`,
+`{"metrics": {"groups/conv": 2.0}}`.
 """
 
 import json
@@ -26,7 +27,11 @@ def main() -> None:
             os.kill(os.getpid(), does["signal"])
         if "exit" in does:
             raise SystemExit(does["exit"])
-    facts = {"seconds": 1.0, "device_hours": 0.1, "metrics": {"test/top1": does.get("value", 0.5)}}
+    facts = {
+        "seconds": 1.0,
+        "device_hours": 0.1,
+        "metrics": {"test/top1": does.get("value", 0.5), **does.get("metrics", {})},
+    }
     facts |= {"peak_memory_bytes": {"host": 1 << 20}, "packages": {"torch": "2"}, "device": "a CPU", "devices": 1}
     (run / "run.json").write_text(json.dumps({"status": "finished", "python": "3", "git": None, **facts}))
 

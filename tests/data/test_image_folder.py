@@ -18,18 +18,22 @@ def save(pixels: Tensor, path: Path) -> None:
     to_pil_image(pixels).save(path)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Images of unequal sizes in three classes: 9 to train, 6 to validate, 3 to test."""
+def make_images(root: Path) -> Path:
+    """Make images of unequal sizes in three classes: 9 to train, 6 to validate, 3 to test."""
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
         for index, name in enumerate(CLASSES):
-            folder = tmp_path / split / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 size = (12 + 5 * number, 20 + index)
                 pixels = torch.randint(256, (3, *size), dtype=torch.uint8)
                 save(pixels, folder / f"{number}.png")
-    return tmp_path
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_images(tmp_path)
 
 
 def make(root: Path, **options: Any) -> ImageFolder:
@@ -86,6 +90,13 @@ def test_grey_images_become_colour(root: Path) -> None:
 def test_the_test_split_is_optional(root: Path) -> None:
     shutil.rmtree(root / "test")
     assert make(root).test_set is None
+
+
+def test_another_split_can_be_tested(root: Path) -> None:
+    data = make(root, test="val")
+    assert data.test_set.root == data.val_set.root == str(root / "val")
+    with pytest.raises(ValueError, match=re.escape(f"{root / 'vla'} must hold a folder of images for each class")):
+        make(root, test="vla")
 
 
 def test_refuses_a_missing_root(tmp_path: Path) -> None:
