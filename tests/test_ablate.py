@@ -297,6 +297,31 @@ def checkpoints(folder: Path) -> set[tuple[Path, int]]:
     return found
 
 
+def test_a_cell_of_two_processes_goes_on(tmp_path: Path) -> None:
+    """One of them is killed: the other is ended too, and both go on from the checkpoint, with the same result."""
+    trainer = {**SMALL["trainer"], "max_epochs": 8, "devices": 2, "strategy": "ddp"}
+    found = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_config(folder, config={**SMALL, "trainer": trainer})
+        write_study(folder, arms={"dynamic": {}}, baseline=None, seeds=[1])
+        command = [sys.executable, "-m", "dyn_lightning.ablate", "--config", "study.yaml"]
+        with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL) as harness:
+            if name == "killed":
+                wait_for(lambda: checkpoints(folder), seconds=120)  # noqa: B023 - called at once
+                first, second = sorted(cells_of(folder))
+                os.kill(first, signal.SIGKILL)
+                wait_for(lambda: second not in cells_of(folder), seconds=20)  # noqa: B023
+            assert harness.wait(timeout=300) == 0
+        (row,) = results(folder)["cells"]
+        assert (row["status"], row["devices"], row["starts"]) == ("finished", 2, 1 + (name == "killed"))
+        assert row["device_hours"] == pytest.approx(2 * row["seconds"] / 3600, abs=1e-5)
+        assert [each["images"] for each in row["conditions"].values()] == [360] * 5
+        found.append(values(results(folder)))
+    assert found[0] == found[1]
+
+
 CELLS = tuple(f"{sys.executable}\0-m\0dyn_lightning.{program}\0".encode() for program in ("fit", "evaluate"))
 
 

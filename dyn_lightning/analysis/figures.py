@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -37,10 +38,13 @@ def depth(layers: Layers) -> Figure:
         "between classes /\nall variance": [each.explained for each in layers.values()],
     }
     shown = min(KERNELS, max(len(each.load) for each in layers.values()))
-    heights = (1.6, 1.6, 1 + 0.1 * shown)
-    size = (_width(len(layers)), 1.7 + sum(heights))
-    figure = Figure(figsize=size, layout="constrained")
-    *panels, last = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+    heights, gap = (1.6, 1.6, 1 + 0.1 * shown), 0.15
+    _, short, _ = _named(list(layers))
+    size = (1.8 + min(8.0, 0.25 * len(layers)), sum(heights) + 2 * gap)
+    figure = _framed(size, left=1.1, right=1.1, bottom=0.5 + _length(short), top=0.4)
+    *panels, last = figure.subplots(
+        3, 1, sharex=True, height_ratios=heights, gridspec_kw={"hspace": 3 * gap / sum(heights)}
+    )
     for axes, (title, values) in zip(panels, curves.items(), strict=True):
         axes.plot(values, marker="o", markersize=4)
         axes.set(ylim=(-0.05, 1.05), yticks=(0, 0.5, 1), ylabel=title)
@@ -62,7 +66,7 @@ def _draw_load(axes: Axes, layers: list[LayerStatistics], shown: int) -> None:
         axes.plot([column] * len(crosses), crosses, "x", color="black")
     highest = max(2.0, table.nan_to_num().max().item())
     image = _heat_map(axes, table, 2 - highest, highest, "RdBu_r")  # white is an equal share
-    axes.figure.colorbar(image, ax=axes, label="share x K\n1: equal, x: dead").ax.set_ylim(0)
+    _bar(axes, image, "share x K\n1: equal, x: dead").set_ylim(0)
     axes.set_ylabel(f"kernel, {shown} of {most}" if shown < most else "kernel")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
@@ -75,7 +79,10 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     differs = torch.stack([(mean - mean.nanmean(0)).square().sum(1).nan_to_num() for mean in means]).sum(0)
     kept = differs.argsort(descending=True)[:CLASSES].sort().values
     shown = [mean[kept, :KERNELS].float().numpy() for mean in means]
-    figure = Figure(figsize=(3 + 1.5 * len(names), 2.4 + 0.2 * len(kept)), layout="constrained")
+    labels = [_class_name(class_names, index, 24) for index in kept.tolist()]
+    figure = _framed(
+        (1 + 1.5 * len(names), 1 + 0.2 * len(kept)), left=0.5 + _length(labels), right=0.9, bottom=0.7, top=0.5
+    )
     axes = figure.subplots()
     axes.set_facecolor("lightgrey")  # classes without images
     # Each layer has the same width, whatever its number of kernels.
@@ -84,7 +91,7 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     table = np.concatenate(shown, axis=1)
     low, high = min(0.0, np.nan_to_num(table).min()), np.nan_to_num(table).max()
     image = axes.pcolormesh(columns, rows, np.ma.masked_invalid(table), vmin=low, vmax=high)
-    figure.colorbar(image, ax=axes, label="mean routing weight")
+    _bar(axes, image, "mean routing weight")
     for place in range(1, len(names)):
         axes.axvline(place, color="white", linewidth=3)
     prefix, short = _shortened(list(layers))
@@ -95,7 +102,7 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     ]
     axes.set_xticks([place + 0.5 for place in range(len(names))], titles, fontsize=8)
     axes.set_xlabel(f"layer{f' of {_ending(prefix, PREFIX)}' if prefix else ''}, and in each its kernels", fontsize=9)
-    axes.set_yticks(range(len(kept)), [_class_name(class_names, index, 24) for index in kept.tolist()], fontsize=8)
+    axes.set_yticks(range(len(kept)), labels, fontsize=8)
     axes.set(ylabel="class", ylim=(len(kept) - 0.5, -0.5))
     axes.tick_params(length=0)
     some = f" in {len(names)} of {len(layers)} layers" if len(names) < len(layers) else ""
@@ -106,12 +113,12 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
 
 def similarity(matrix: Tensor, names: Sequence[str]) -> Figure:
     """Draw how alike the layers route images (``statistics.similarity``)."""
-    side = 4 + min(5.0, 0.25 * len(names))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    figure.colorbar(_heat_map(axes, matrix, 0, 1), ax=axes, label="linear CKA")
-    axes.set_title("How alike the layers route images")
     every, short, label = _named(names)
+    side = 3 + min(5.0, 0.25 * len(names))
+    figure = _framed((side, side), left=0.6 + _length(short), right=0.9, bottom=0.4, top=0.4)
+    axes = figure.subplots()
+    _bar(axes, _heat_map(axes, matrix, 0, 1), "linear CKA")
+    axes.set_title("How alike the layers route images")
     axes.set_yticks(range(0, len(names), every), short, fontsize=8)
     axes.set_ylabel(label, fontsize=9)
     axes.set(xticks=[], xlabel="the same layers")
@@ -246,6 +253,31 @@ def spread(items: list[Any], count: int) -> list[Any]:
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
 
 
+def _framed(size: tuple[float, float], left: float, right: float, bottom: float, top: float) -> Figure:
+    """Make a figure for axes of a size in inches, with margins for what stands around them.
+
+    matplotlib can find the margins by itself; it measures all text twice for that, which takes a third of the drawing.
+    """
+    width, height = left + size[0] + right, bottom + size[1] + top
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
+    return figure
+
+
+def _length(labels: Sequence[str]) -> float:
+    """Give the inches that the longest of some labels may take at 8 points."""
+    return 0.2 + 0.065 * max(map(len, labels))
+
+
+def _bar(axes: Axes, image: ScalarMappable, label: str) -> Axes:
+    """Draw the scale of an image's colours into the margin on the right."""
+    figure, place = axes.figure, axes.get_position()
+    inch = 1 / figure.get_figwidth()
+    bar = figure.add_axes((place.x1 + 0.12 * inch, place.y0, 0.16 * inch, place.height))
+    figure.colorbar(image, cax=bar, label=label)
+    return bar
+
+
 def _heat_map(axes: Axes, table: Tensor, low: float, high: float, colours: str = "viridis") -> AxesImage:
     axes.set_facecolor("lightgrey")  # where there is nothing
     shown = table.float().numpy()
@@ -285,10 +317,6 @@ def _class_name(names: Sequence[str], label: int, length: int) -> str:
 def _ending(name: str, length: int = 20) -> str:
     short = name if len(name) <= length else f"...{name[3 - length :]}"
     return short.replace("$", r"\$")  # which would begin a formula
-
-
-def _width(layers: int) -> float:
-    return 4 + min(8.0, 0.25 * layers)
 
 
 def _height(layers: int) -> float:
