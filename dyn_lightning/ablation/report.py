@@ -114,6 +114,7 @@ def _facts(results: dict[str, Any]) -> Table:
     packages = sorted({f"{name} {version}" for row in done for name, version in row["packages"].items()})
     facts = {
         "cells": f"{len(done)} of {len(rows)} finished",
+        "trained": "; ".join(dict.fromkeys(row["trained"] for row in rows)),
         "device": "; ".join(sorted({row["device"] for row in done})),
         "training": f"{seconds:.0f} s, {sum(row['device_hours'] or 0 for row in rows):.4g} device-hours",
         "Python and packages": ", ".join([*sorted({f"Python {row['python']}" for row in done}), *packages]),
@@ -153,9 +154,10 @@ def _shown(results: dict[str, Any]) -> list[Table]:
     shown = {arm: each["shown"] for arm, each in results["arms"].items() if each["shown"]}
     names = dict.fromkeys(name for each in shown.values() for name in each)
     rows = [
-        [name, *("" if each.get(name) is None else f"{each[name]:.4g}" for each in shown.values())] for name in names
+        [name, *(", ".join(f"{value:.4g}" for value in each.get(name, {}).values()) for each in shown.values())]
+        for name in names
     ]
-    text = "Means over the seeds; what is not of the validation or the test is as it was after the last epoch."
+    text = "A number a seed; what is not of the validation or the test is as it was after the last epoch."
     return [Table("Recorded numbers", text, ["", *shown], rows)] if rows else []
 
 
@@ -255,9 +257,8 @@ def _published(published: Published | None, name: str) -> str:
 
 
 def _source(published: Published | None) -> str:
-    if published is None:
-        return "paper"
-    return "paper, %" if published.tag == "read" else "paper, % (second-hand)"
+    second = published is not None and published.tag == "second-hand"
+    return f"published, %{' (second-hand)' * second}"
 
 
 def _scaled(value: float | None, unit: float, digits: int) -> str:

@@ -86,6 +86,7 @@ def _row(study: Study, cell: Cell, folder: CellFolder) -> dict[str, Any]:
     return {
         "arm": cell.arm,
         "seed": cell.seed,
+        "trained": _trained(cell.config),
         "name": cell.name,
         "status": status,
         "value": record.get("metrics", {}).get(study.metric),
@@ -103,11 +104,22 @@ def _row(study: Study, cell: Cell, folder: CellFolder) -> dict[str, Any]:
     }
 
 
-def _shown(globs: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Give the means of the recorded numbers that are shown, in the order of the globs."""
+def _shown(globs: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Give the recorded numbers that are shown, by seed, in the order of the globs."""
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     chosen = dict.fromkeys(name for glob in globs for name in names if matches(name, [glob]))
-    return {name: _mean([row["metrics"].get(name) for row in rows]) for name in chosen}
+    found = {name: {row["seed"]: row["metrics"].get(name) for row in rows} for name in chosen}
+    return {name: {seed: v for seed, v in values.items() if v is not None} for name, values in found.items()}
+
+
+def _trained(config: Mapping[str, Any]) -> str:
+    """Say which network a cell trains, without its layers, and on which data."""
+    model, data = config.get("model", {}), config.get("data", {})
+    options = ", ".join(f"{key}={value}" for key, value in (model.get("backbone_args") or {}).items())
+    given = data.get("init_args") or {}
+    size = f", {given['image_size']} px" if "image_size" in given else ""
+    name = str(data.get("class_path", "")).rpartition(".")[2]
+    return f"{model.get('backbone')}({options}) on {name}{size}"
 
 
 def _conditions(of_arm: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

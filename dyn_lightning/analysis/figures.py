@@ -271,8 +271,8 @@ def _length(labels: Sequence[str]) -> float:
 
 def _bar(axes: Axes, image: ScalarMappable, label: str) -> Axes:
     """Draw the scale of an image's colours into the margin on the right."""
-    figure, place = axes.figure, axes.get_position()
-    inch = 1 / figure.get_figwidth()
+    figure: Any = axes.figure
+    place, inch = axes.get_position(), 1 / figure.get_figwidth()
     bar = figure.add_axes((place.x1 + 0.12 * inch, place.y0, 0.16 * inch, place.height))
     figure.colorbar(image, cax=bar, label=label)
     return bar

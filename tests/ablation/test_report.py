@@ -83,12 +83,12 @@ class TestNumbers:
         assert [line for line in text.split("## Recorded numbers")[1].splitlines() if line.startswith("|")] == [
             "|  | few | many |",
             "| --- | --- | --- |",
-            "| loss | 2.5 |  |",
-            "| groups/a | 3 | 16 |",
-            "| groups/b | 1 |  |",
+            "| loss | 2.5, 2.5 |  |",
+            "| groups/a | 2, 4 | 16 |",
+            "| groups/b | 1, 1 |  |",
             "| groups/c |  |  |",
         ]
-        assert results["arms"]["few"]["shown"] == {"loss": 2.5, "groups/a": 3.0, "groups/b": 1.0}
+        assert results["arms"]["few"]["shown"]["groups/a"] == {"1": 2.0, "2": 4.0}
         assert "- show: no cell has recorded a number 'nothing\\*'" in text
 
     @pytest.mark.parametrize(("value", "shown"), [(36.0, "36.0"), (69.4, "69.4"), (95.25, "95.25")])

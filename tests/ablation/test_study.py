@@ -1,4 +1,5 @@
 import copy
+import json
 import re
 import sys
 from pathlib import Path
@@ -168,8 +169,9 @@ def test_the_studies_can_be_run(path: Path, folder: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_can_be_run_on_imagenet(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_images(folder / "data" / "imagenet")
-    (base,) = re.findall(r"^# ImageNet: --base (\S+)$", path.read_text(), re.MULTILINE)
-    main(["--config", str(path), "--base", str(ROOT / base), "--dry-run"])
+    (base,) = re.findall(r'^# ImageNet: --base "?(\S+|\[.*\])"?$', path.read_text(), re.MULTILINE)
+    bases = [str(ROOT / each) for each in yaml.safe_load(f"[{base}]" if base[0] != "[" else base)]
+    main(["--config", str(path), "--base", json.dumps(bases), "--dry-run"])
     assert re.search(r"(\d+) of \1 cells to run, nobody knows how long one takes$", capsys.readouterr().out)
 
 
