@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import signal
 import sys
 import warnings
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import Callback, LightningDataModule
 from rich.console import Console
 from rich.markup import escape
 
@@ -34,6 +35,8 @@ from dyn_lightning.fit import FitCLI
 
 # What does not decide a cell's result.
 ASIDE = ("config", "ckpt_path", "name")
+# What each cell has of its own.
+NOT_OF_ARMS = ("seed_everything", "name", "ckpt_path")
 
 
 class CellCLI(FitCLI):
@@ -58,6 +61,11 @@ class CellCLI(FitCLI):
             self.known[key] = super().build_data()
         return self.known[key]
 
+    def trainer_options(self, callbacks: list[Callback]) -> dict[str, Any]:
+        """Build the trainer for this machine, whatever the one has that will run it."""
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": 32}
+        return {**super().trainer_options(callbacks), **(here if self.elsewhere else {})}
+
     def plain(self) -> dict[str, Any]:
         """Give the resolved configuration, without what each cell has for itself."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -65,8 +73,18 @@ class CellCLI(FitCLI):
         return {key: value for key, value in config.items() if key not in ASIDE}
 
 
-def parse(args: list[str] | None) -> tuple[Any, Study]:
-    """Read the command line: the options, and the study."""
+class CellElsewhereCLI(CellCLI):
+    """The same, for another machine to run."""
+
+    elsewhere = True
+
+
+def parse(args: list[str] | None) -> tuple[Any, Study, Path, bool]:
+    """Read the command line: the options, the study, its file, and whether its base is the one that the file names.
+
+    Raises:
+        ValueError: something is wrong in the file or the options.
+    """
     parser = ArgumentParser(prog="python -m dyn_lightning.ablate", exit_on_error=False, description=__doc__)
     parser.add_argument("--config", action="config", required=True, help="The study: a YAML file.")
     parser.add_class_arguments(Study, skip={"seeds"})
@@ -87,27 +105,40 @@ def parse(args: list[str] | None) -> tuple[Any, Study]:
         ours = type(error) is ValueError  # else it is jsonargparse's page, or a file that is no text
         text = first_error(str(error)) if ours else explain(str(error), parser, files)
         raise ValueError(text if any(file in text for file in files) else f"{', '.join(files)}: {text}") from error
-    if not same_base(study, Path(str(options.config[-1]))):
-        # What the file says of its own base is not true of another one.
-        study.differs, study.seconds, study.machine = [], None, ""
+    if options.config[-1] is None:
+        raise ValueError("--config must be a file: its name is that of the study")
+    file = Path(str(options.config[-1]))
+    own = same_base(study, file)
+    if not own:  # what the file says of its own base is not true of another one
+        study = dataclasses.replace(study, differs=[], seconds=None, machine="")
     for arm in options.only or []:
         if arm not in study.arms:
             raise ValueError(f"--only: {unknown(arm, study.arms, 'arm')}")
-    return options, study
+    return options, study, file, own
 
 
-def plan(study: Study, file: Path) -> list[Cell]:
-    """List the cells, and build each arm once, to see that it can be trained and inspected."""
+def plan(study: Study, file: Path, elsewhere: bool = False) -> list[Cell]:
+    """List the cells, and build each arm once, to see that it can be trained and inspected.
+
+    Args:
+        study: what is compared.
+        file: that it was read from, for messages.
+        elsewhere: whether other machines will run them, so that this one need not have their devices.
+
+    Raises:
+        ValueError: an arm cannot be built, or gives nothing that could be compared.
+    """
     cells = []
     bases = [word for path in study.bases for word in ("--config", str(path))]
     for number, (arm, changes) in enumerate(study.arms.items(), 1):
+        own = [key for key in NOT_OF_ARMS if key in (changes or {})]
+        if own:
+            raise ValueError(f"{file}: arms.{arm}.{own[0]}: each cell has its own ({', '.join(NOT_OF_ARMS)})")
         overrides = ["--config", json.dumps(changes)] if changes else []
         try:
             with _quiet(), Console(stderr=True).status(f"building arm {number} of {len(study.arms)}: {escape(arm)}"):
-                cli = CellCLI([*bases, *overrides, "--name", arm])
-            hparams, config = cli.model.hparams, cli.plain()
-            size = hparams["image_size"]
-            shape = (hparams["channels"] or 3, size, size) if size else None
+                cli = (CellElsewhereCLI if elsewhere else CellCLI)([*bases, *overrides, f"--name={arm}"])
+            config, shape = cli.plain(), cli.model.image_shape
             check(study, arm, cli, shape)
         except Exception as error:
             raise ValueError(f"{file}: arms.{arm}: {error}") from error
@@ -115,6 +146,7 @@ def plan(study: Study, file: Path) -> list[Cell]:
             "parameters": parameters(cli.model),
             "multiply_adds": multiply_adds(cli.model, shape) if shape else None,
             "devices": cli.trainer.world_size,
+            "gpu": cli.trainer.strategy.root_device.type == "cuda",
         }
         cells += [Cell(arm, seed, {**config, "seed_everything": seed}, facts) for seed in study.seeds]
     return cells
@@ -144,23 +176,27 @@ def _quiet() -> Iterator[None]:
 
 
 def check(study: Study, arm: str, cli: CellCLI, shape: tuple[int, int, int] | None) -> None:
-    """Check that an arm gives what the study compares; ``shape`` is that of an image, if it is known."""
-    data, model, inspect = cli.datamodule, cli.model, study.inspect
+    """Check that an arm gives what the study compares; ``shape`` is that of an image, if it is known.
+
+    Raises:
+        ValueError: it does not.
+    """
+    data, model, asked = cli.datamodule, cli.model, study.inspect
     metrics = [*model.val_metrics, *(model.test_metrics if has_test_split(data) else ())]
     if study.metric not in metrics:
         raise ValueError(f"metric: {unknown(study.metric, metrics, 'metric')}")
     if cli.config.trainer.fast_dev_run:
         raise ValueError("trainer.fast_dev_run leaves nothing that could be compared")
-    if inspect is None or arm not in inspect.arms:
+    if asked is None or arm not in asked.arms:
         return
     if cli.config.trainer.enable_checkpointing is False or cli.config.best.monitor is None:
         raise ValueError("inspect needs the best checkpoint: trainer.enable_checkpointing and best.monitor are off")
-    Inspection(model, inspect.conditions, inspect.draws)
+    Inspection(model, asked.conditions, asked.draws)
     if shape is not None:
-        check_resolutions(model, inspect.conditions, shape)
-    if inspect.split == "test" and not has_test_split(data):
+        check_resolutions(model, asked.conditions, shape)
+    if asked.split == "test" and not has_test_split(data):
         raise ValueError(f"inspect.split: the data ({type(data).__name__}) have no test images, choose val")
-    whole_batches(data, inspect.split).check(inspect.conditions, cli.trainer.world_size)
+    whole_batches(data, asked.split).check(asked.conditions, cli.trainer.world_size)
 
 
 def listing(study: Study, pairs: Pairs, chosen: Sequence[str], jobs: int) -> str:
@@ -177,7 +213,9 @@ def listing(study: Study, pairs: Pairs, chosen: Sequence[str], jobs: int) -> str
         lines.append(f"{cell.arm:{width}}  seed {cell.seed:<4} {state:9}{size}")
     known = seconds_a_cell([folder for _, folder in pairs])
     each, where = known or study.seconds, "" if known or not study.machine else f" on {study.machine}"
-    estimate = "nobody knows how long one takes" if each is None else f"about {duration(each * left / jobs)}{where}"
+    estimate = (
+        "nobody knows how long one takes" if each is None else f"about {duration(each * math.ceil(left / jobs))}{where}"
+    )
     return "\n".join([*lines, "", f"{left} of {len(pairs)} cells to run, {estimate}"])
 
 
@@ -188,12 +226,6 @@ def same_base(study: Study, file: Path) -> bool:
     return bases == [path.resolve() for path in study.bases]
 
 
-def output(options: Any, study: Study, file: Path) -> Path:
-    """Choose the study's folder: with another base than the file's, another one."""
-    name = file.stem if same_base(study, file) else f"{file.stem}-{study.bases[-1].stem}"
-    return Path(options.output or Path("runs", "ablations", name))
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the study, and report it.
 
@@ -201,18 +233,20 @@ def main(args: list[str] | None = None) -> None:
         args: the command line, as a list; default is the program's own.
     """
     with readable_errors():
-        options, study = parse(args)
-        file = Path(str(options.config[-1]))
-        folder = StudyFolder(output(options, study, file), file.stem)
+        options, study, file, own_base = parse(args)
+        name = file.stem if own_base else f"{file.stem}-{study.bases[-1].stem}"
+        folder = StudyFolder(Path(options.output or Path("runs", "ablations", name)), file.stem, study)
         folder.check()
         if options.report_only and not folder.note.is_file():
             raise ValueError(f"--report-only: there is no study in {folder.path}; --output says where it is")
-        cells = plan(study, file)
-        launcher: Launcher
-        if options.launcher == "slurm":
+        slurm = options.launcher == "slurm"
+        cells = plan(study, file, elsewhere=slurm or options.report_only)
+        launcher: Launcher | None = None
+        if slurm and not options.report_only:
             launcher = Slurm(folder.path / "slurm", options.jobs, file.stem, options.slurm)
-        else:
-            launcher = Local(options.jobs, max(cell.facts["devices"] for cell in cells))
+        elif not options.report_only:
+            devices = max(cell.facts["devices"] for cell in cells)
+            launcher = Local(options.jobs, devices, gpu=any(cell.facts["gpu"] for cell in cells))
     pairs = list(zip(cells, folder.cells(cells, study.evaluation), strict=True))
     chosen = options.only or list(study.arms)
     if options.dry_run:
@@ -224,7 +258,7 @@ def main(args: list[str] | None = None) -> None:
     def report() -> None:
         write_report(folder.path, study, gather(study, pairs), stale)
 
-    if options.report_only:
+    if launcher is None:
         report()
     else:
         todo = [(cell, each) for cell, each in pairs if cell.arm in chosen and not each.finished]

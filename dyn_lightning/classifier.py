@@ -156,6 +156,12 @@ class ImageClassifier(LightningModule):
         self.val_metrics, self.val_loss = _metrics(num_classes, "val/"), MeanLoss()
         self.test_metrics, self.test_loss = _metrics(num_classes, "test/"), MeanLoss()
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """``(C, H, W)`` of the images; None if their size is not known."""
+        size = self.hparams["image_size"]
+        return (self.hparams["channels"] or 3, size, size) if size else None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the file of the initial weights: the checkpoint can be loaded without it."""
         checkpoint["hyper_parameters"]["weights"] = None

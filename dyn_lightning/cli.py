@@ -39,10 +39,12 @@ class CLI(LightningCLI, ABC):
         resumes: whether the optimizer goes on from the checkpoint too.
         checkpoint: to begin from, or None.
         step: the checkpoint's global step.
+        elsewhere: whether another machine will run it, so that this one need not have its devices.
     """
 
     program: str
     resumes: bool
+    elsewhere: bool = False
     checkpoint: Path | None = None
     step: int = 0
 
@@ -125,7 +127,8 @@ class CLI(LightningCLI, ABC):
                 raise ValueError(f"{group}: {config[group]!r} is no mapping of keys")
         if config.name is None:
             config.name = "-".join(Path(str(path)).stem for path in config.config or []) or "fit"
-        check_devices(config.trainer.accelerator, config.trainer.devices)
+        if not self.elsewhere:
+            check_devices(config.trainer.accelerator, config.trainer.devices)
         for group in ("best", "last"):
             if config[group].dirpath is not None:
                 raise ValueError(f"{group}.dirpath={config[group].dirpath}: checkpoints belong in the run's folder")
@@ -307,7 +310,8 @@ def keep_metrics(logger: CSVLogger, step: int) -> None:
         old = folder.unused(path.name)
         shutil.copy(path, old)
         with old.open(newline="", encoding="utf8") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+            lines = [line for line in file if line.endswith("\n")]  # not one that was cut short by a kill
+        rows = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
         logger.experiment  # noqa: B018 - created here, it deletes the old file

@@ -63,6 +63,8 @@ class EvaluateCLI(CheckpointCLI):
         first = getattr(rank_zero_only, "rank", 0) == 0  # the others come when the file is made
         if first and self.output.exists():
             raise ValueError(f"--output {self.output}: it exists already, and nothing is overwritten")
+        if not self.output.parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no folder {self.output.parent}")
 
     def trainer_options(self, callbacks: list[Callback]) -> dict[str, Any]:
         """Load the weights; nothing is logged, and the batches are dealt out by ``WholeBatches``."""
@@ -89,10 +91,8 @@ def main(args: list[str] | None = None) -> None:
         cli = EvaluateCLI(args)
         data, inspection = whole_batches(cli.datamodule, cli.config.split), cli.inspection
         data.check(inspection.conditions, cli.trainer.world_size)
-        hparams = cli.model.hparams
-        if hparams["image_size"]:
-            shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
-            check_resolutions(cli.model, inspection.conditions, shape)
+        if cli.model.image_shape:
+            check_resolutions(cli.model, inspection.conditions, cli.model.image_shape)
     trainer = cli.trainer
     facts = {
         "checkpoint": str(cli.checkpoint),
@@ -114,7 +114,7 @@ def whole_batches(data: LightningDataModule, split: str) -> WholeBatches:
     """Give the batches of a split of any data."""
     data.prepare_data()
     data.setup("test" if split == "test" else "validate")
-    return WholeBatches(data.test_dataloader() if split == "test" else data.val_dataloader())
+    return WholeBatches(data.test_dataloader() if split == "test" else data.val_dataloader(), data)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

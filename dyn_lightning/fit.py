@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from dyn_lightning.cli import CLI, has_test_split, keep_metrics
 from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.errors import readable_errors
-from dyn_lightning.record import Record, RunFolder
+from dyn_lightning.record import Record, RunFolder, write_whole
 
 
 class FitCLI(CLI):
@@ -71,7 +71,7 @@ class FitCLI(CLI):
         config = self.config.clone()
         config.config = config.ckpt_path = None
         text = self.parser.dump(config, skip_none=False)
-        self.folder.unused("config.yaml").write_text(text, encoding="utf8")
+        write_whole(self.folder.unused("config.yaml"), text.encode())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -87,16 +87,18 @@ def main(args: list[str] | None = None) -> None:
     with readable_errors(lambda: trainer.global_step > cli.step), record:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=str(cli.checkpoint) if cli.checkpoint else None)
         save_last(cli)
-        metrics = dict(trainer.callback_metrics)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        record.facts["metrics"] = metrics
+        record.write()  # from here on a resume has nothing left to train, and would not know them
         if has_test_split(cli.datamodule):
             trainer.test(cli.model, cli.datamodule, ckpt_path=best.best_model_path or None, verbose=False)
-            metrics |= trainer.callback_metrics
+            metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         record.facts |= {
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "best_checkpoint": best.best_model_path or None,
             "best_score": None if best.best_model_score is None else float(best.best_model_score),
-            "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+            "metrics": dict(sorted(metrics.items())),
         }
     if trainer.is_global_zero:
         print(summary(cli, record))
@@ -104,13 +106,12 @@ def main(args: list[str] | None = None) -> None:
 
 def prepare(cli: FitCLI) -> Record:
     """Fill the run's folder, and begin its record."""
-    hparams = cli.model.hparams
-    shape = (hparams["channels"] or 3, hparams["image_size"], hparams["image_size"])
+    shape = cli.model.image_shape
     facts: dict[str, Any] = {
         "seed": cli.config.seed_everything,
         "resumed_from": str(cli.checkpoint) if cli.checkpoint else None,
         "parameters": parameters(cli.model),
-        "multiply_adds": multiply_adds(cli.model, shape) if hparams["image_size"] else None,
+        "multiply_adds": multiply_adds(cli.model, shape) if shape else None,
     }
     path = None
     if cli.folder is not None and cli.trainer.is_global_zero:

@@ -137,7 +137,7 @@ class Record:
 
     def __enter__(self) -> "Record":
         self._start = time.monotonic()
-        self._write()
+        self.write()
         return self
 
     def __exit__(
@@ -150,9 +150,10 @@ class Record:
             "device_hours": round(seconds * self.devices / 3600, 6),
             "peak_memory_bytes": peak_memory(self.device),
         }
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write what is known now, to have it whatever happens next."""
         if self.path is not None:
             write_json(self.path, self.facts)
 

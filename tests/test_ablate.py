@@ -240,6 +240,26 @@ def test_on_imagenet(tmp_path: Path) -> None:
     assert [row["images"] for row in found["cells"][1]["conditions"].values()] == [6] * 5  # of the folder val
 
 
+def test_one_that_is_killed_in_its_test_knows_its_training(tmp_path: Path) -> None:
+    found = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "whole":
+            (folder / "done").touch()
+        kill = {"class_path": "tests.killer.KillInTest", "init_args": {"done": "done"}}
+        callbacks = [*SMALL["trainer"]["callbacks"], kill]
+        write_config(folder, config={**SMALL, "trainer": {**ONE_EPOCH["trainer"], "callbacks": callbacks}})
+        write_study(folder, arms={"dynamic": {}}, baseline=None, seeds=[1], inspect=None, published=None)
+        done = ablate(folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (row,) = results(folder)["cells"]
+        assert row["starts"] == 1 + (name == "killed")
+        found.append(row["metrics"])
+    assert {"train/loss", "val/top1", "test/top1"} <= found[0].keys()
+    assert found[0] == found[1]
+
+
 class TestFailures:
     def test_one_cell_fails_and_the_others_go_on(self, tmp_path: Path) -> None:
         write_config(tmp_path, config=ONE_EPOCH)

@@ -143,7 +143,11 @@ class TestResume:
         common = ["--config", str(folder / "small.yaml"), "--name", name, *RANDOM, *options]
         kill = ["--trainer.callbacks+=tests.killer.KillAt", "--trainer.callbacks.step", "30"]
         assert fit(folder, *common, *kill).returncode == -9
-        before = (folder / "runs" / name / "version_0" / "metrics.csv").read_text()
+        with (folder / "runs" / name / "version_0" / "metrics.csv").open("r+") as file:
+            file.seek(0, os.SEEK_END)
+            file.write("1,2")  # it may be killed while it writes
+            file.seek(0)
+            before = file.read()
         succeeds(folder, *common, "--ckpt_path", "last")
 
         resumed, whole = folder / "runs" / name / "version_0", folder / "runs" / "whole" / "version_0"

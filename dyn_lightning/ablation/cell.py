@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Processes:
             return process.wait()
         finally:
             self._running.discard(process)
-            self._kill(process)  # of several processes that train together, the others
+            self._kill(process)  # of several processes that train together, the others (where it has a session)
 
     def stop(self, patience: float = 30.0) -> None:
         """End all that runs: ask first, and kill what has not ended after some seconds."""
@@ -103,11 +104,14 @@ class CellFolder:
     def record(self) -> dict[str, Any] | None:
         """What ``fit`` recorded of the run that is finished, with the seconds of all its starts; None if none is."""
         for run in reversed(RunFolder.all(self.path.parent, self.path.name)):
-            starts = [read_json(path) for path in sorted(run.path.glob("run*.json"))]
+            starts = sorted(map(read_json, run.path.glob("run*.json")), key=lambda start: start.get("started", ""))
             finished = [start for start in starts if start.get("status") == "finished"]
             if finished:
                 seconds = {key: sum(start.get(key, 0) for start in starts) for key in ("seconds", "device_hours")}
-                return {**finished[-1], **seconds, "starts": len(starts), "folder": str(run.path)}
+                # One that had nothing left but the test knows nothing of the training.
+                metrics = {name: value for start in starts for name, value in start.get("metrics", {}).items()}
+                facts = {"metrics": metrics, "starts": len(starts), "folder": str(run.path)}
+                return {**finished[-1], **seconds, **facts}
         return None
 
     @property
@@ -135,8 +139,9 @@ class CellFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a checkpoint to go on with."""
-        return any(run.last() for run in RunFolder.all(self.path.parent, self.path.name))
+        """Whether there is a checkpoint to go on with, the newest; half a file, as power cuts leave, is none."""
+        found = [last for run in RunFolder.all(self.path.parent, self.path.name) if (last := run.last())]
+        return bool(found) and zipfile.is_zipfile(found[-1])
 
     @property
     def _inspection_path(self) -> Path | None:
@@ -145,8 +150,8 @@ class CellFolder:
     def run(self, processes: Processes, environment: Mapping[str, str] | None = None, attempts: int = 3) -> None:
         """Do what is left: train, or go on from the last checkpoint, then inspect.
 
-        A process of an earlier start that still works on the cell is waited for. One that a signal has killed is
-        started again, as long as there are attempts left.
+        A process of an earlier start that still works on the cell is waited for. One that a signal has killed, or that
+        has left before its end, is started again, as long as there are attempts left.
 
         Args:
             processes: start its processes.
@@ -163,13 +168,16 @@ class CellFolder:
             (self.path / "failed.json").unlink(missing_ok=True)
             while (step := self._next()) is not None and not processes.stopped:
                 program, arguments = step
+                if program == "evaluate" and self._inspection_path is not None:
+                    self._inspection_path.unlink(missing_ok=True)  # of an evaluation that did not end
                 start = time.monotonic()
                 code = processes.call([*self.commands[program], *arguments], self.path / "log.txt", lock, variables)
                 wall = self.wall_seconds + time.monotonic() - start
                 write_json(self.path / "wall.json", {"seconds": round(wall, 3)})
                 attempts -= 1
                 left = (self._next() or ("",))[0] == program
-                if left and not processes.stopped and (code >= 0 or attempts <= 0):
+                # Lightning ends with 0 where it was asked to end.
+                if left and not processes.stopped and (code > 0 or attempts <= 0):
                     raise self._failed(program, code)
 
     def _next(self) -> tuple[str, list[str]] | None:
@@ -181,7 +189,6 @@ class CellFolder:
             return "fit", ["--config", str(self.path / "cell.yaml"), *place, *resume]
         if inspection is None or self.inspected is not None:
             return None
-        inspection.unlink(missing_ok=True)  # of an evaluation that did not end
         options = [word for key, value in self.inspection.items() for word in (f"--{key}", value)]
         return "evaluate", [
             "--config",

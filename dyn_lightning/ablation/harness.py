@@ -1,5 +1,6 @@
 """A study's folder, and the loop that runs its cells; whatever stops it, it goes on where it was."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from dyn_lightning.ablation.cell import CellFolder, locked
 from dyn_lightning.ablation.launch import Job, Launcher
-from dyn_lightning.ablation.study import Cell
+from dyn_lightning.ablation.study import Cell, Study
 from dyn_lightning.record import RunFolder, read_json, write_json, write_whole
 
 LOOK_EVERY = 0.2  # seconds
@@ -27,11 +28,13 @@ class StudyFolder:
     Args:
         path: the folder; it need not exist.
         name: of the study.
+        study: what is asked.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, study: Study) -> None:
         self.path = path
         self.name = name
+        self.what = {"name": name, "question": study.question, "arms": list(study.arms)}
         self.note = path / "study.json"
 
     def check(self) -> None:
@@ -40,11 +43,15 @@ class StudyFolder:
         Raises:
             ValueError: it holds something else.
         """
-        name = read_json(self.note).get("name")
-        if name is not None and name != self.name:
-            raise ValueError(f"--output {self.path} is of the study {name!r}, not of {self.name!r}: choose another")
-        others = [path.name for path in self.path.iterdir() if path.name != "lock"] if self.path.is_dir() else []
-        if self.path.is_file() or (others and not any(name.startswith(self.note.name) for name in others)):
+        before = {**self.what, **read_json(self.note)}
+        changed = [key for key in ("question", "arms") if before[key] != self.what[key]]
+        if before["name"] != self.name or len(changed) == 2:  # one alone may change
+            raise ValueError(
+                f"--output {self.path} is of another study, {before['name']!r} ({before['question']}): choose another "
+                "folder"
+            )
+        inside = [path.name for path in self.path.iterdir() if path.name != "lock"] if self.path.is_dir() else []
+        if self.path.is_file() or (inside and not any(each.startswith(self.note.name) for each in inside)):
             raise ValueError(f"--output {self.path} exists and holds no study: choose another folder")
 
     @contextmanager
@@ -62,7 +69,7 @@ class StudyFolder:
                 raise ValueError(
                     f"--output {self.path}: process {holder} works on this study; wait for it, or choose another folder"
                 ) from error
-            write_json(self.note, {"name": self.name})
+            write_json(self.note, self.what)
             copies = sorted(self.path.glob("study*.yaml"), key=lambda path: path.stat().st_mtime)
             if not copies or copies[-1].read_bytes() != file.read_bytes():
                 write_whole(RunFolder(self.path).unused("study.yaml"), file.read_bytes())
@@ -145,12 +152,12 @@ class Display:
             self._end(place, len(jobs))
         running, left = sum(job.running() for job in jobs), len(jobs) - len(ended)
         each = statistics.fmean(self._took) if self._took else self.estimate
-        to_go = "" if each is None else f", {duration(each * left / self.at_a_time)} to go"
+        to_go = "" if each is None else f", {duration(each * math.ceil(left / self.at_a_time))} to go"
         self._status.update(f"{len(ended)} done, {running} running, {left - running} waiting{to_go}")
 
     def _end(self, place: int, of: int) -> None:
         cell, folder = self.pairs[place]
-        if folder.finished:
+        if folder.finished and folder.wall_seconds:  # not of one that worked on after its harness was killed
             self._took.append(folder.wall_seconds)
         took = f" after {duration(folder.wall_seconds)}"
         how = f"finished{took}" if folder.finished else "failed" if folder.failure else "stopped"
@@ -165,7 +172,7 @@ class Display:
 
 def seconds_a_cell(folders: Sequence[CellFolder]) -> float | None:
     """Give the mean of the seconds that finished cells took; None if there are none."""
-    took = [folder.wall_seconds for folder in folders if folder.finished]
+    took = [folder.wall_seconds for folder in folders if folder.finished and folder.wall_seconds]
     return statistics.fmean(took) if took else None
 
 

@@ -166,10 +166,12 @@ class Inspection(LightningModule):
             best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             right = torch.stack([best[:, 0].sum(), best.sum(), best.new_tensor(len(best), dtype=torch.long)])
             self.counts[place] += right.cpu()
-            self.losses[place] += F.cross_entropy(logits, labels, reduction="sum").double().cpu()
+            self.losses[place] += F.cross_entropy(logits, labels, reduction="sum").cpu().double()
 
     def on_test_epoch_end(self) -> None:
         """Add up what all ranks have counted."""
+        if self.trainer.world_size == 1:
+            return
         device = self.trainer.strategy.root_device
         self.counts = self.trainer.strategy.reduce(self.counts.to(device), reduce_op="sum").cpu()
         self.losses = self.trainer.strategy.reduce(self.losses.to(device), reduce_op="sum").cpu()
@@ -235,11 +237,13 @@ class WholeBatches(LightningDataModule):
 
     Args:
         loader: over a data set with a length; its order and sampler are left aside.
+        data: that the loader is of; its hooks change batches as they do elsewhere.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, data: LightningDataModule | None = None) -> None:
         super().__init__()
         self.loader = loader
+        self.data = data or LightningDataModule()
         self.length = len(loader.dataset)  # type: ignore[arg-type]
         self.batch_size = loader.batch_size or 1
         whole, rest = divmod(self.length, self.batch_size)
@@ -262,9 +266,22 @@ class WholeBatches(LightningDataModule):
             if condition.across_images and min(map(len, self.batches)) < 2:
                 raise ValueError(f"{condition.name!r} needs 2 images in a batch, but there are {size}")
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do as the data do."""
+        return self.data.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Do as the data do."""
+        return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do as the data do."""
+        return self.data.on_after_batch_transfer(batch, dataloader_idx)
+
     def test_dataloader(self) -> DataLoader:
         """Load this rank's batches."""
         assert self.trainer is not None
+        self.data.trainer = self.trainer  # which its hooks may ask
         ranks = self.trainer.world_size
         return DataLoader(
             self.loader.dataset,

@@ -37,19 +37,20 @@ class Launcher(Protocol):
 class Local:
     """Runs some cells at a time on this machine; what still runs when it is left by an error is ended.
 
-    On one with GPUs each has as many of them as a cell takes for itself; processor cores are shared out evenly, unless
-    ``OMP_NUM_THREADS`` is set.
+    Of several that run on GPUs each has as many as a cell takes for itself; processor cores are shared out evenly,
+    unless ``OMP_NUM_THREADS`` is set.
 
     Args:
         jobs: how many at a time.
         devices: of each cell.
+        gpu: whether these are GPUs.
 
     Raises:
         ValueError: there are not as many GPUs, or no job.
     """
 
-    def __init__(self, jobs: int = 1, devices: int = 1) -> None:
-        gpus = torch.cuda.device_count()
+    def __init__(self, jobs: int = 1, devices: int = 1, gpu: bool = False) -> None:
+        gpus = torch.cuda.device_count() if gpu and jobs > 1 else 0
         if jobs < 1:
             raise ValueError(f"jobs={jobs} must be at least 1")
         if gpus and jobs * devices > gpus:

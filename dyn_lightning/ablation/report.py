@@ -23,6 +23,10 @@ CELLS = (
 )
 
 
+# The columns of conditions.csv.
+CONDITIONS = ("arm", "seed", "name", "mode", "images", "top1", "top1_deviation", "top5", "loss", "published")
+
+
 class Table(NamedTuple):
     """A table of the report, and what stands above it."""
 
@@ -41,7 +45,7 @@ class Plot(NamedTuple):
 
 
 def write_report(folder: Path, study: Study, results: dict[str, Any], left_aside: Sequence[str] = ()) -> None:
-    """Write ``results.json``, ``cells.csv``, ``report.md``, ``index.html`` and the plots.
+    """Write ``results.json``, ``cells.csv``, ``conditions.csv``, ``report.md``, ``index.html`` and the plots.
 
     Args:
         folder: where to.
@@ -50,7 +54,15 @@ def write_report(folder: Path, study: Study, results: dict[str, Any], left_aside
         left_aside: names of cells that are of an earlier version of the study.
     """
     write_json(folder / "results.json", results)
-    write_whole(folder / "cells.csv", _cells(results["cells"]))
+    write_whole(folder / "cells.csv", _csv(CELLS, results["cells"]))
+    published = study.published.values if study.published else {}
+    conditions = [
+        {"arm": row["arm"], "seed": row["seed"], **each, "published": published.get(each["name"])}
+        for row in results["cells"]
+        for each in row["conditions"].values()
+    ]
+    if conditions:
+        write_whole(folder / "conditions.csv", _csv(CONDITIONS, conditions))
     tables, plots = [_facts(results), _arms(study, results), *_shown(results)], []
     if len(results["arms"]) > 1 or not results["conditions"]:
         plots.append(Plot(study.metric, study.metric, {arm: each["metric"] for arm, each in results["arms"].items()}))
@@ -195,6 +207,13 @@ def _notes(study: Study, results: dict[str, Any], left_aside: Sequence[str]) -> 
     unseen = [glob for glob in study.show if recorded and not any(matches(name, [glob]) for name in recorded)]
     notes += [f"show: no cell has recorded a number {glob!r}" for glob in unseen]
     notes += [f"not run to the end: {'; '.join(waiting)}"] if waiting else []
+    done = [row for row in results["cells"] if row["status"] == "finished"]
+    nothing = [f"{row['arm']}, seed {row['seed']}" for row in done if row["value"] is None]
+    notes += (
+        [f"has no {study.metric} (NaN, or not recorded), so is in no mean: {'; '.join(nothing)}"] if nothing else []
+    )
+    devices = sorted({row["devices"] for row in done if row["devices"]})
+    notes += [f"the cells were trained on different numbers of devices: {devices}"] if len(devices) > 1 else []
     notes += [f"left aside, of an earlier version of the study: {name}" for name in left_aside]
     commits = {row["commit"] for row in results["cells"] if row["commit"]}
     notes += ["the cells were trained by different commits"] if len(commits) > 1 else []
@@ -223,9 +242,9 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\|*<>`$])", r"\\\1", text).replace("\n", " ")
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, CELLS, extrasaction="ignore")
+    writer = csv.DictWriter(file, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue().encode()

@@ -56,8 +56,9 @@ def gather(study: Study, cells: Sequence[tuple[Cell, CellFolder]]) -> dict[str, 
         cells: with their folders.
 
     Returns:
-        Plain values: ``cells``, a row each; ``arms`` with a summary of the metric, of its differences to the baseline,
-        of the costs and of what is shown beside; ``conditions`` by arm, with a summary of the accuracy.
+        Plain values: ``study``, what was asked; ``cells``, a row each; ``arms`` with a summary of the metric, of its
+        differences to the baseline, of the costs and of what is shown beside; ``conditions`` by arm, with a summary of
+        the accuracy.
     """
     rows = [_row(study, cell, folder) for cell, folder in cells]
     of_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in study.arms}
@@ -76,7 +77,9 @@ def gather(study: Study, cells: Sequence[tuple[Cell, CellFolder]]) -> dict[str, 
             **{key: _mean([row[key] for row in found]) for key in ("seconds", "device_hours", "peak_memory")},
             "shown": _shown(study.show, found),
         }
-    return {"cells": rows, "arms": arms, "conditions": _conditions(of_arm)}
+    asked = {key: getattr(study, key) for key in ("question", "baseline", "metric", "differs")}
+    published = None if study.published is None else asdict(study.published)
+    return {"study": {**asked, "published": published}, "cells": rows, "arms": arms, "conditions": _conditions(of_arm)}
 
 
 def _row(study: Study, cell: Cell, folder: CellFolder) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Slurm:
 
     def submit(self, cells: Sequence[CellFolder]) -> Sequence[Job]:
         """Queue the cells as one array, but for those whose job of an earlier start is still there."""
-        states = self.states()
+        states = self._ask()
         known = [read_json(cell.path / "job.json").get("id", "") for cell in cells]
         left = [cell for cell, number in zip(cells, known, strict=True) if number not in states]
         if left:
@@ -92,17 +93,29 @@ class Slurm:
                 submitted = [self._executor.submit(CellJob(cell)) for cell in left]
             for cell, job in zip(left, submitted, strict=True):
                 write_json(cell.path / "job.json", {"id": job.job_id})
-            self._asked = -ASK_EVERY
+                self._states[job.job_id] = "PENDING"  # until an answer that may know it
+            self._asked = time.monotonic()
         return [SlurmJob(self, read_json(cell.path / "job.json")["id"]) for cell in cells]
 
     def states(self) -> dict[str, str]:
         """Give the states of this user's jobs that wait or run, by their numbers."""
         if time.monotonic() - self._asked > ASK_EVERY:
-            command = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i %T"]
-            answer = subprocess.run(command, capture_output=True, text=True)
-            if answer.returncode == 0:  # else the controller is busy: what it said last may still be so
-                self._states = dict(line.split() for line in answer.stdout.splitlines())
+            with suppress(subprocess.CalledProcessError):  # the controller is busy: what it said last may still be so
+                self._ask(patience=0)
             self._asked = time.monotonic()
+        return self._states
+
+    def _ask(self, patience: int = 30) -> dict[str, str]:
+        """Ask the controller; one that is busy is asked again so many times."""
+        command = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i %T"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        except subprocess.CalledProcessError:
+            if patience == 0:
+                raise
+            time.sleep(ASK_EVERY)
+            return self._ask(patience - 1)
+        self._states = dict(line.split() for line in answer.stdout.splitlines())
         return self._states
 
     def __enter__(self) -> "Slurm":

@@ -107,6 +107,8 @@ class Study:
             raise ValueError("arms is empty: a study needs at least one, `NAME: {}` is the base as it is")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be different numbers, at least one")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be from 0 to 4294967295")
         wanted = {"baseline": [self.baseline] if self.baseline is not None else []}
         wanted["inspect.arms"] = self.inspect.arms if self.inspect else []
         for key, names in wanted.items():

@@ -76,6 +76,33 @@ class TestRun:
         assert folder.finished
         assert starts(folder) == 3
 
+    @pytest.mark.parametrize(("half", "resumed"), [(False, ["", "last"]), (True, ["", ""])])
+    def test_goes_on_from_a_whole_checkpoint_alone(self, half: bool, resumed: list[str], tmp_path: Path) -> None:
+        folder = cell(tmp_path, signal=signal.SIGKILL, times=1, half=half)
+        folder.run(Processes())
+        assert folder.finished
+        lines = (folder.path / "starts").read_text().splitlines()
+        assert [line.split(" ")[1] for line in lines] == resumed
+
+    def test_one_that_was_asked_to_end_goes_on(self, tmp_path: Path) -> None:
+        """Lightning then ends with exit code 0."""
+        folder = cell(tmp_path, exit=0, times=1)
+        folder.run(Processes())
+        assert folder.finished
+        assert starts(folder) == 2
+
+    def test_metrics_of_all_starts(self, tmp_path: Path) -> None:
+        """One that is killed in its test is started again for the test alone, after `run-1.json` and before 2 to 10."""
+        folder = cell(tmp_path)
+        folder.run(Processes())
+        run = folder.path / "version_0"
+        for number, metrics in ((2, {"val/top1": 0.1, "a": 1}), (10, {"val/top1": 0.2}), (1, {"val/top1": 0.3})):
+            started = {2: "2026-01-01T10", 10: "2026-01-01T11", 1: "2026-01-01T09"}[number]
+            start = {"status": "running", "started": started, "metrics": metrics}
+            (run / f"run-{number}.json").write_text(json.dumps(start))
+        assert folder.record is not None
+        assert folder.record["metrics"] == {"test/top1": 0.5, "val/top1": 0.2, "a": 1}
+
     def test_not_for_ever(self, tmp_path: Path) -> None:
         folder = cell(tmp_path, signal=signal.SIGKILL)
         with pytest.raises(CellFailedError, match="fit was killed by signal 9"):

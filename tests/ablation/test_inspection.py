@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,14 +39,14 @@ def loader(images: int = 23, batch_size: int = 5) -> DataLoader:
 
 
 def inspect(
-    model: nn.Module, data: DataLoader, *conditions: Condition, **options: Any
+    model: nn.Module, data: DataLoader | WholeBatches, *conditions: Condition, **options: Any
 ) -> tuple[Inspection, list[dict[str, Any]]]:
     inspection = Inspection(model, conditions or ALL_MODES, **options)
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, use_distributed_sampler=False
     )
     with replaced(model, inspection.change):
-        trainer.test(inspection, WholeBatches(data), verbose=False)
+        trainer.test(inspection, data if isinstance(data, WholeBatches) else WholeBatches(data), verbose=False)
     return inspection, inspection.results()
 
 
@@ -148,6 +148,26 @@ class TestWholeBatches:
         batches = WholeBatches(loader(images, batch_size)).batches
         assert list(map(len, batches)) == expected
         assert [place for batch in batches for place in batch] == list(range(images))
+
+    def test_the_hooks_of_the_data_are_called(self) -> None:
+        """As of a module that normalises on the device: its batches are those of the Trainer's own test."""
+
+        class Scaled(LightningDataModule):
+            def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+                assert self.trainer is not None
+                assert self.trainer.testing
+                return batch[0] + 1, batch[1]
+
+            def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+                return 3 * batch[0], batch[1]
+
+        model, raw = net(), loader()
+        images, labels = raw.dataset.tensors
+        changed = DataLoader(TensorDataset(3 * (images + 1), labels), raw.batch_size)
+        _, expected = inspect(model, changed, Condition())
+        _, plain = inspect(model, raw, Condition())
+        _, found = inspect(model, WholeBatches(raw, Scaled()), Condition())
+        assert found == expected != plain
 
 
 class TestRefuses:

@@ -126,6 +126,13 @@ class TestText:
         assert "0 of 1 finished" in text
         assert not list(tmp_path.glob("*.png"))
 
+    def test_what_cannot_be_compared_is_noted(self, tmp_path: Path) -> None:
+        found = cells(tmp_path, ours=[{"value": None}, {"value": 0.5}, {"devices": 2}])
+        text, results = report(tmp_path, study("ours"), found)
+        assert "- has no test/top1 (NaN, or not recorded), so is in no mean: ours, seed 1" in text
+        assert "- the cells were trained on different numbers of devices: [1, 2]" in text
+        assert results["arms"]["ours"]["metric"]["values"] == {"2": 0.5, "3": 0.5}
+
     def test_interruptions_are_noted(self, tmp_path: Path) -> None:
         found = cells(tmp_path, ours=[{}])
         (found[0][1].path / "version_0" / "run-1.json").write_text('{"status": "running"}')

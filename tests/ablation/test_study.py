@@ -10,7 +10,7 @@ import yaml
 
 from dyn_lightning.ablate import main
 from dyn_lightning.ablation.study import Cell, digest
-from tests.command_line import ROOT, in_this_process, refused, write_config
+from tests.command_line import ROOT, SMALL, in_this_process, refused, write_config
 from tests.data.test_image_folder import make_images
 
 STUDY: dict[str, Any] = {
@@ -51,6 +51,8 @@ class TestBadInput:
         [
             ("arms", {}, "study.yaml: arms is empty"),
             ("seeds", [1, 1], r"seeds=[1, 1] must be different numbers"),
+            ("seeds", [1, -1], r"seeds=[1, -1] must be from 0 to 4294967295"),
+            ("arms/dynamic", {"seed_everything": 5}, "arms.dynamic.seed_everything: each cell has its own"),
             ("base", "none.yaml", "none.yaml"),
             ("baseline", "statics", "study.yaml: baseline: there is no arm 'statics', did you mean 'static'?"),
             ("inspect/arms", ["dyn"], "inspect.arms: there is no arm 'dyn'"),
@@ -62,7 +64,7 @@ class TestBadInput:
                 [{"resolutions": [7], "name": "attention"}],
                 "dynamic: resolutions=[7] of 'attention'",
             ),
-            ("arms/dynamic", {"ckpt_path": "best.ckpt"}, "arms.dynamic: ckpt_path=best.ckpt: cells start from nothing"),
+            ("arms/dynamic", {"ckpt_path": "best.ckpt"}, "arms.dynamic.ckpt_path: each cell has its own"),
             ("arms/dynamic", {"trainer": {"fast_dev_run": True}}, "arms.dynamic: trainer.fast_dev_run leaves nothing"),
             ("arms/dynamic", {"best": {"monitor": None}}, "arms.dynamic: inspect needs the best checkpoint"),
             ("seconds", "long", "study.yaml: "),
@@ -118,6 +120,21 @@ class TestBadInput:
 
     def test_no_file(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "nowhere.yaml" in refused(capsys, main, "--config", "nowhere.yaml")
+
+    def test_no_name(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        study = json.dumps({**STUDY, "base": str(folder / "small.yaml")})
+        assert "--config must be a file" in refused(capsys, main, "--config", study)
+
+
+def test_a_report_needs_no_device_of_the_cells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(folder, "study.yaml", yaml.safe_dump(STUDY, sort_keys=False))
+    write_config(folder, config={**SMALL, "trainer": {"accelerator": "gpu", "devices": 4, "precision": "16-mixed"}})
+    assert "arms.static: " in refused(capsys, main, "--config", "study.yaml")
+    out = folder / "runs" / "ablations" / "study"
+    out.mkdir(parents=True)
+    (out / "study.json").write_text(json.dumps({"name": "study"}))
+    main(["--config", "study.yaml", "--report-only"])
+    assert "0 of 4 finished" in (out / "report.md").read_text()
 
 
 class TestDryRun:

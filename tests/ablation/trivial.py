@@ -1,13 +1,14 @@
 """Stands for `fit` where a test asks what the harness does: takes its arguments, and leaves what it leaves.
 
 `cell.yaml` says what happens: `{"exit": 3}`, `{"signal": 9, "times": 2}`, `{"sleep": 1.5}`, `{"value": 0.9}`,
-`{"metrics": {"groups/conv": 2.0}}`.
+`{"metrics": {"groups/conv": 2.0}}`, `{"half": true}` of a checkpoint.
 """
 
 import json
 import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 
@@ -20,7 +21,11 @@ def main() -> None:
     starts = len((cell / "starts").read_text().splitlines())
     print("started", starts, flush=True)
     run = cell / "version_0"
-    run.mkdir(exist_ok=True)
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(run / "checkpoints" / "last.ckpt", "w") as file:
+        file.writestr("data.pkl", b"weights")
+    if does.get("half"):
+        os.truncate(run / "checkpoints" / "last.ckpt", 20)
     time.sleep(does.get("sleep", 0))
     if starts <= does.get("times", 10**6):
         if "signal" in does:
@@ -32,7 +37,12 @@ def main() -> None:
         "device_hours": 0.1,
         "metrics": {"test/top1": does.get("value", 0.5), **does.get("metrics", {})},
     }
-    facts |= {"peak_memory_bytes": {"host": 1 << 20}, "packages": {"torch": "2"}, "device": "a CPU", "devices": 1}
+    facts |= {
+        "peak_memory_bytes": {"host": 1 << 20},
+        "packages": {"torch": "2"},
+        "device": "a CPU",
+        "devices": does.get("devices", 1),
+    }
     (run / "run.json").write_text(json.dumps({"status": "finished", "python": "3", "git": None, **facts}))
 
 
