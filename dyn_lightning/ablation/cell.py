@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dyn_lightning.ablation.study import digest
 from dyn_lightning.record import RunFolder, read_json, write_json
 
 LINES = 20  # of the log of a cell that failed
+MARK = "DYN_LIGHTNING_CELL"  # in the environment of its processes
 NOT_INHERITED = ("PL_GLOBAL_SEED", "SLURM_", "SUBMITIT_")
 COMMANDS = {name: (sys.executable, "-m", f"dyn_lightning.{name}") for name in ("fit", "evaluate")}
 
@@ -36,6 +38,7 @@ class Processes:
     def __init__(self, sessions: bool = True) -> None:
         self.sessions = sessions
         self.stopped = False
+        self.mark = uuid.uuid4().hex
         self._running: set[subprocess.Popen] = set()
 
     def call(self, command: Sequence[str], log: Path, lock: int, environment: Mapping[str, str]) -> int:
@@ -53,7 +56,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=environment,
+                env={**environment, MARK: self.mark},
                 pass_fds=[lock],
                 start_new_session=self.sessions,
             )
@@ -64,7 +67,7 @@ class Processes:
             return process.wait()
         finally:
             self._running.discard(process)
-            self._kill(process)  # of several processes that train together, the others (where it has a session)
+            self._kill(process)  # of several processes that train together, the others
 
     def stop(self, patience: float = 30.0) -> None:
         """End all that runs: ask first, and kill what has not ended after some seconds."""
@@ -78,12 +81,22 @@ class Processes:
             self._kill(process)
 
     def _kill(self, process: subprocess.Popen) -> None:
-        """Kill what a process may have left, or itself where there is no session of it."""
+        """Kill a process, and what it may have left."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.sessions:
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
+        for left in [] if self.sessions else self._marked():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(left, signal.SIGKILL)
+
+    def _marked(self) -> Iterator[int]:
+        """Find the processes that have this launcher's mark in their environment."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in path.read_bytes().split(b"\0"):
+                    yield int(path.parent.name)
 
 
 @dataclass(frozen=True)

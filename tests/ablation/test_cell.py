@@ -126,12 +126,13 @@ class TestRun:
         folder.run(Processes())
         assert folder.finished
 
-    def test_what_it_leaves_behind_is_ended_with_it(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("sessions", [True, False])
+    def test_what_it_leaves_behind_is_ended_with_it(self, sessions: bool, tmp_path: Path) -> None:
         """As of several processes that train together, of which the first was killed."""
         script = "import os, subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); os.abort()"
         folder = CellFolder(cell(tmp_path).path, commands={"fit": (sys.executable, "-S", "-c", script)})
         with pytest.raises(CellFailedError):
-            folder.run(Processes(), attempts=1)
+            folder.run(Processes(sessions), attempts=1)
         child = int((folder.path / "log.txt").read_text().split()[0])
         wait_for(
             lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
