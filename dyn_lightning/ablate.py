@@ -269,7 +269,7 @@ def main(args: list[str] | None = None) -> None:
             stack.enter_context(_ended_by_sigterm())
             print(f"study folder: {folder.path}; {len(pairs) - len(todo)} cells are finished, {len(todo)} are to run")
             try:
-                run(todo, launcher, Display(todo, options.jobs, known, report))
+                run(todo, launcher, Display(todo, options.jobs, known), report)
             finally:
                 report()
     print(f"report: {folder.path / 'index.html'}")

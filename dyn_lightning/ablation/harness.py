@@ -93,8 +93,15 @@ class StudyFolder:
         ]
 
 
-def run(pairs: Pairs, launcher: Launcher, display: "Display") -> None:
-    """Run the cells that are not finished."""
+def run(pairs: Pairs, launcher: Launcher, display: "Display", report: Callable[[], None] = lambda: None) -> None:
+    """Run the cells that are not finished.
+
+    Args:
+        pairs: cells with their folders.
+        launcher: runs them.
+        display: shows how far it is.
+        report: is called from time to time when cells have ended.
+    """
     for cell, folder in pairs:
         folder.path.mkdir(parents=True, exist_ok=True)
         config = folder.path / "cell.yaml"
@@ -103,7 +110,7 @@ def run(pairs: Pairs, launcher: Launcher, display: "Display") -> None:
     folders = [folder for _, folder in pairs]
     with launcher, display:
         jobs, starts = list(launcher.submit(folders)), [1] * len(pairs)
-        settled: set[int] = set()
+        settled, reported = set[int](), time.monotonic()
         while len(settled) < len(jobs):
             ended = [place for place, job in enumerate(jobs) if place not in settled and job.done()]
             # A job may end without a word, as when its node fails: it is started again, and goes on where it was.
@@ -114,6 +121,12 @@ def run(pairs: Pairs, launcher: Launcher, display: "Display") -> None:
                 starts[place] += 1
             settled.update(set(ended) - set(lost))
             display.show(jobs, settled)
+            if ended and time.monotonic() - reported > REPORT_EVERY:
+                try:
+                    report()
+                except Exception as error:  # which is not worth the cells that run
+                    display.say(f"no report now: {type(error).__name__}: {error}")
+                reported = time.monotonic()
             time.sleep(LOOK_EVERY)
 
 
@@ -124,16 +137,13 @@ class Display:
         pairs: the cells that run, with their folders.
         at_a_time: how many.
         estimate: seconds a cell, as long as none has ended; None if nobody knows.
-        report: is called from time to time when cells have ended.
     """
 
-    def __init__(self, pairs: Pairs, at_a_time: int, estimate: float | None, report: Callable[[], None]) -> None:
+    def __init__(self, pairs: Pairs, at_a_time: int, estimate: float | None) -> None:
         self.pairs = pairs
         self.at_a_time = at_a_time
         self.estimate = estimate
-        self.report = report
         self._status = Console(highlight=False, soft_wrap=True).status("")
-        self._reported = time.monotonic()
         self._ended: set[int] = set()
         self._took: list[float] = []
 
@@ -155,19 +165,17 @@ class Display:
         to_go = "" if each is None else f", {duration(each * math.ceil(left / self.at_a_time))} to go"
         self._status.update(f"{len(ended)} done, {running} running, {left - running} waiting{to_go}")
 
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._status.console.print(text, markup=False)
+
     def _end(self, place: int, of: int) -> None:
         cell, folder = self.pairs[place]
         if folder.finished and folder.wall_seconds:  # not of one that worked on after its harness was killed
             self._took.append(folder.wall_seconds)
         took = f" after {duration(folder.wall_seconds)}"
         how = f"finished{took}" if folder.finished else "failed" if folder.failure else "stopped"
-        self._status.console.print(f"{len(self._ended)} of {of}: {cell.arm}, seed {cell.seed} {how}", markup=False)
-        if time.monotonic() - self._reported > REPORT_EVERY:
-            try:
-                self.report()
-            except Exception as error:  # which is not worth the cells that run
-                self._status.console.print(f"no report now: {type(error).__name__}: {error}", markup=False)
-            self._reported = time.monotonic()
+        self.say(f"{len(self._ended)} of {of}: {cell.arm}, seed {cell.seed} {how}")
 
 
 def seconds_a_cell(folders: Sequence[CellFolder]) -> float | None:

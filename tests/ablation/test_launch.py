@@ -18,7 +18,7 @@ ASKED = Study("What?", [], {"a": {}})
 
 
 def run_all(cells: Sequence[tuple[Cell, object]], jobs: int = 1) -> None:
-    run(cells, Local(jobs), Display(cells, jobs, None, lambda: None))  # type: ignore[arg-type]
+    run(cells, Local(jobs), Display(cells, jobs, None))  # type: ignore[arg-type]
 
 
 def pairs(folder: Path, *does: dict) -> list:
@@ -67,7 +67,7 @@ class TestLocal:
         def fails() -> None:
             raise OSError("no space left")
 
-        run(cells, Local(), Display(cells, 1, None, fails))
+        run(cells, Local(), Display(cells, 1, None), fails)
         assert all(folder.finished for _, folder in cells)
         assert "no report now: OSError: no space left" in capsys.readouterr().out
 
@@ -81,7 +81,7 @@ class TestLocal:
 
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            run(cells, Local(), Interrupted(cells, 1, None, lambda: None))
+            run(cells, Local(), Interrupted(cells, 1, None))
         assert time.monotonic() - begun < 20
         assert [starts(folder) for _, folder in cells] == [1, 0, 0]
         assert [folder.failure for _, folder in cells] == [None] * 3
@@ -90,7 +90,7 @@ class TestLocal:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         cells = pairs(tmp_path, {}, {})
         launcher = Local(2)
-        run(cells, launcher, Display(cells, 2, None, lambda: None))
+        run(cells, launcher, Display(cells, 2, None))
         for _, folder in cells:
             assert (folder.path / "starts").read_text().split()[-1] == str(launcher.threads)
 

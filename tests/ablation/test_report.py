@@ -27,7 +27,7 @@ def cells(folder: Path, **does: list[dict[str, Any]]) -> list:
         for seed, what in enumerate(each, 1):
             made = Cell(arm, seed, what, FACTS), cell(folder, f"{number}-seed{seed}-abc", **what)
             found.append(made)
-    run(found, Local(), Display(found, 1, None, lambda: None))
+    run(found, Local(), Display(found, 1, None))
     return found
 
 

@@ -59,7 +59,7 @@ class Watching(Display):
 
 
 def run_and(cells: list, launcher: Slurm, when: Callable[[], bool], then: Callable[[Any], None]) -> None:
-    display = Watching(cells, 2, None, lambda: None)
+    display = Watching(cells, 2, None)
     display.when, display.then = when, then
     run(cells, launcher, display)
     assert display.done
@@ -71,7 +71,7 @@ def scancel(job: SlurmJob, name: str) -> None:
 
 def test_an_array_of_which_one_fails(tmp_path: Path) -> None:
     cells = pairs(tmp_path, {}, {"exit": 3}, {})
-    run(cells, slurm(tmp_path), Display(cells, 2, None, lambda: None))
+    run(cells, slurm(tmp_path), Display(cells, 2, None))
     assert [folder.finished for _, folder in cells] == [True, False, True]
     assert "fit ended with exit code 3" in str(cells[1][1].failure)
     assert [starts(folder) for _, folder in cells] == [1, 1, 1]
@@ -113,7 +113,7 @@ def test_a_second_harness_follows_the_jobs_of_the_first(tmp_path: Path) -> None:
         first = launcher.submit([folder for _, folder in cells])
     second = slurm(tmp_path, jobs=1).submit([folder for _, folder in cells])
     assert [job.number for job in first] == [job.number for job in second]  # type: ignore[attr-defined]
-    run(cells, slurm(tmp_path), Display(cells, 1, None, lambda: None))
+    run(cells, slurm(tmp_path), Display(cells, 1, None))
     assert [starts(folder) for _, folder in cells] == [1, 1]
 
 
@@ -134,7 +134,7 @@ def test_a_controller_that_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         wait_for(lambda: len((tmp_path / "asked").read_text().splitlines()) > 3)
         monkeypatch.setenv("PATH", path)
         assert again.result()[0].number == job.number  # type: ignore[attr-defined]
-    run(cells, slurm(tmp_path), Display(cells, 2, None, lambda: None))
+    run(cells, slurm(tmp_path), Display(cells, 2, None))
     assert starts(cells[0][1]) == 1
 
 
