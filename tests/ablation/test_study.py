@@ -172,6 +172,7 @@ class TestDryRun:
         assert "4 of 4 cells to run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_can_be_run(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--config", str(path), "--dry-run"])
