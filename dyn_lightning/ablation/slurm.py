@@ -84,6 +84,8 @@ class Slurm:
 
     def submit(self, cells: Sequence[CellFolder]) -> Sequence[Job]:
         """Queue the cells as one array, but for those whose job of an earlier start is still there."""
+        if not cells:
+            return []  # without a question to the controller: the loop comes by several times a second
         states = self._ask()
         known = [read_json(cell.path / "job.json").get("id", "") for cell in cells]
         left = [cell for cell, number in zip(cells, known, strict=True) if number not in states]

@@ -129,6 +129,9 @@ def test_a_controller_that_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = os.environ["PATH"]
     monkeypatch.setenv("PATH", f"{busy}:{path}")
     assert not job.done()
+    before = len((tmp_path / "asked").read_text().splitlines())
+    assert launcher.submit([]) == []
+    assert len((tmp_path / "asked").read_text().splitlines()) == before
     with ThreadPoolExecutor(1) as executor:
         again = executor.submit(slurm(tmp_path).submit, [folder for _, folder in cells])
         wait_for(lambda: len((tmp_path / "asked").read_text().splitlines()) > 3)
