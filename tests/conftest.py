@@ -1,10 +1,11 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.command_line import SMALL, fit, write_config
+from tests.command_line import SMALL, fit, in_this_process, write_config
 
 # Triton asks for it when it is first imported: where there is no GPU, its kernels are tested in its interpreter.
 if not torch.cuda.is_available():
@@ -27,3 +28,12 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = fit(folder, "--config", str(write_config(folder, "both.yaml", config)), "--trainer.max_epochs", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "both" / "version_0"
+
+
+@pytest.fixture
+def copied_run(observed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that run, in the folder in which commands are called in this process."""
+    in_this_process(tmp_path, monkeypatch)
+    copy = tmp_path / "runs" / "both" / "version_0"
+    shutil.copytree(observed_run, copy)
+    return copy

@@ -18,7 +18,7 @@ from dyn_lightning.analyze import main
 from dyn_lightning.callbacks import group_tracker
 from dyn_lightning.data import Digits
 from dyn_lightning.fit import main as train
-from tests.command_line import ROOT, SMALL, in_this_process, refused, write_config
+from tests.command_line import ROOT, SMALL, refused, write_config
 from tests.test_bad_input import changed
 
 ROUTED = ("backbone.conv2", "backbone.conv4")
@@ -34,12 +34,8 @@ PICTURES = {
 
 
 @pytest.fixture(autouse=True)
-def run(observed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, in the folder in which the commands are called."""
-    in_this_process(tmp_path, monkeypatch)
-    copy = tmp_path / "runs" / "both" / "version_0"
-    shutil.copytree(observed_run, copy)
-    return copy
+def run(copied_run: Path) -> Path:
+    return copied_run
 
 
 def analyze(run: Path, *arguments: str) -> None:

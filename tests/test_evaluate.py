@@ -1,21 +1,16 @@
 """What `python -m dyn_lightning.evaluate` refuses; what it counts is tested with the harness."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from dyn_lightning.evaluate import main
-from tests.command_line import in_this_process, refused
+from tests.command_line import refused
 
 
 @pytest.fixture(autouse=True)
-def run(observed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run, in the folder in which the command is called."""
-    in_this_process(tmp_path, monkeypatch)
-    copy = tmp_path / "runs" / "both" / "version_0"
-    shutil.copytree(observed_run, copy)
-    return copy
+def run(copied_run: Path) -> Path:
+    return copied_run
 
 
 @pytest.mark.parametrize(
