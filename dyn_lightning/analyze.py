@@ -10,6 +10,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
+from dyn_lightning.allocator import keep_freed_memory
 from dyn_lightning.callbacks import ExpertExamples, GroupTracker, RoutingReport
 from dyn_lightning.callbacks.default import default_observers
 from dyn_lightning.callbacks.routing_observer import RoutingObserver
@@ -90,6 +91,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: the command line, as a list; default is the program's own.
     """
+    keep_freed_memory()
     with readable_errors():
         cli = AnalyzeCLI(args)
         trainer, path = cli.trainer, cli.folder / "run.json"

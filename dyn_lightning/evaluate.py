@@ -12,6 +12,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.utilities import rank_zero_only
 
 from dyn_lightning.ablation.inspection import ALL_MODES, Condition, Inspection, WholeBatches, check_resolutions
+from dyn_lightning.allocator import keep_freed_memory
 from dyn_lightning.cli import PROGRESS_BAR, CheckpointCLI
 from dyn_lightning.errors import readable_errors
 from dyn_lightning.record import Record
@@ -87,6 +88,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: the command line, as a list; default is the program's own.
     """
+    keep_freed_memory()
     with readable_errors():
         cli = EvaluateCLI(args)
         data, inspection = whole_batches(cli.datamodule, cli.config.split), cli.inspection

@@ -9,6 +9,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from dyn_lightning.allocator import keep_freed_memory
 from dyn_lightning.cli import CLI, has_test_split, keep_metrics
 from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.errors import readable_errors
@@ -80,6 +81,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: the command line, as a list; default is the program's own.
     """
+    keep_freed_memory()
     with readable_errors():
         cli = FitCLI(args)
         record = prepare(cli)

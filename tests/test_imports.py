@@ -24,7 +24,7 @@ ORDER = [
     {"callbacks", "data", "record"},
     {"classifier"},
     {"ablation"},
-    {"errors", "cli", "page", "fit", "analyze", "evaluate", "ablate", "export"},
+    {"allocator", "errors", "cli", "page", "fit", "analyze", "evaluate", "ablate", "export"},
 ]
 TRAINING = ("lightning", "pytorch_lightning", "tensorboard", "torchmetrics")
 FIRST_THAT_TRAINS = 7

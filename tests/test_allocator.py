@@ -1,0 +1,51 @@
+"""Memory that is freed stays with the process."""
+
+import importlib
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from dyn_lightning.allocator import VARIABLES
+
+# What a batch does, 25 times: maps of 8 MiB are made, and freed. Prints how many pages the system gave for the last 20.
+BATCHES = """
+import resource
+import torch
+from dyn_lightning.allocator import keep_freed_memory
+keep_freed_memory()
+for batch in range(25):
+    maps = [torch.ones(2 << 20) for _ in range(10)]
+    del maps
+    if batch == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES = 10 * (8 << 20) // os.sysconf("SC_PAGE_SIZE")  # of one batch
+
+
+def pages_given(**variables: str) -> int:
+    """Run it in a process of its own, because a process cannot take the setting back."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
+    command = [sys.executable, "-c", BATCHES]
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+class TestKeepFreedMemory:
+    def test_the_next_batch_uses_the_same_pages(self):
+        assert pages_given() < PAGES
+
+    def test_the_user_decides(self):
+        assert pages_given(MALLOC_MMAP_THRESHOLD_="131072") > 15 * PAGES
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "analyze"])
+def test_every_command_that_runs_a_network_does_it(command, monkeypatch):
+    module, calls = importlib.import_module(f"dyn_lightning.{command}"), []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: calls.append(command))
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert calls == [command]
