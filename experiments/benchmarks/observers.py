@@ -27,7 +27,7 @@ from experiments.benchmarks.timing import in_turn, versions
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
 ANNEALING = '[{"class_path": "TemperatureAnnealing", "init_args": {"start": 30, "end": 1, "epochs": 3}}]'
-ROUNDS = 5
+ROUNDS = 7
 
 
 def quickstart() -> tuple[dict[str, float], dict[str, float]]:
