@@ -3,15 +3,17 @@
 The quickstart with and without the default set of observers (the temperature is annealed in both), the whole process
 and the part of it that trains and tests; and the validation of 10,000 images of 32 px by a ResNet-20, 18 of its layers
 dynamic, with and without RoutingReport, whose figures are drawn each time; freed memory is kept, as by the commands.
-Interleaved, median of several rounds.
+Two processes in slices of half a second, median of several rounds.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,65 +25,77 @@ from dyn_lightning.callbacks import RoutingReport
 from dyn_lightning.classifier import ImageClassifier
 from dyn_lightning.data import Synthetic
 from dyn_lightning.routing import named_routers
-from experiments.benchmarks.timing import in_turn, versions
+from experiments.benchmarks.timing import in_slices, versions
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
 ANNEALING = '[{"class_path": "TemperatureAnnealing", "init_args": {"start": 30, "end": 1, "epochs": 3}}]'
-ROUNDS = 7
+RECORD = Path("runs/quickstart/version_0/run.json")  # is there when the quickstart begins to train
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+READY = Path("ready")  # is there when the validation begins
+ROUNDS = 9
 
 
-def quickstart() -> tuple[dict[str, float], dict[str, float]]:
-    """Time the whole process, and the part that trains and tests; gives milliseconds."""
-    training: dict[str, list[float]] = {"true": [], "false": []}
-
-    def measure(observe: str) -> list[float]:
-        with tempfile.TemporaryDirectory() as folder:
-            options = ["--trainer.callbacks", ANNEALING, "--observe", observe, "--trainer.enable_progress_bar", "false"]
-            command = [sys.executable, "-m", "dyn_lightning.fit", "--config", str(QUICKSTART), *options]
-            start = time.perf_counter()
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            took = 1e3 * (time.perf_counter() - start)
-            record = Path(folder) / "runs" / "quickstart" / "version_0" / "run.json"
-            training[observe].append(1e3 * json.loads(record.read_text())["seconds"])
-            return [took]
-
-    process = in_turn(measure, [*training], ROUNDS)
-    return process, {name: round(statistics.median(times), 4) for name, times in training.items()}
+def quickstart(observe: bool) -> list[str]:
+    """Give the command of the quickstart."""
+    options = ["--trainer.callbacks", ANNEALING, "--observe", str(observe).lower()]
+    return ["dyn_lightning.fit", "--config", str(QUICKSTART), "--trainer.enable_progress_bar", "false", *options]
 
 
-def validation() -> dict[str, float]:
-    """Time the validation of 10,000 images; gives milliseconds."""
+def validation(observe: bool) -> list[str]:
+    """Give the command of the validation."""
+    return [__spec__.name, "validate", str(observe)]
+
+
+def validate(observe: bool) -> None:
+    """Validate 10,000 images, after a first time to warm up."""
+    torch.manual_seed(0)
     keep_freed_memory()
     data = Synthetic(num_images=100_000, num_classes=10, image_size=32, batch_size=128)
     model = ImageClassifier("cifar_resnet", {"depth": 20}, conv="dynamic", num_classes=10, channels=3, image_size=32)
     assert (len(data.val_set), len(named_routers(model))) == (10_000, 18)  # type: ignore[arg-type]
+    for folder in ("warm_up", "counted"):
+        trainer = Trainer(
+            accelerator="cpu",
+            callbacks=[RoutingReport()] if observe else [],
+            logger=TensorBoardLogger(folder),
+            enable_progress_bar=False,
+        )
+        trainer.validate(model, data, verbose=False)
+        READY.touch()
 
-    def measure(name: str) -> list[float]:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                accelerator="cpu",
-                callbacks=[RoutingReport()] if name == "with" else [],
-                logger=TensorBoardLogger(folder),
-                enable_progress_bar=False,
-            )
-            start = time.perf_counter()
-            trainer.validate(model, data, verbose=False)
-            return [1e3 * (time.perf_counter() - start)]
 
-    measure("with")  # warm up
-    return in_turn(measure, ["with", "without"], ROUNDS)
+def measure(command: Callable[[bool], list[str]], begins: Path, first: bool) -> dict[bool, tuple[float, float]]:
+    """Give the seconds with and without observers, of the whole process and from when ``begins`` is there."""
+    with tempfile.TemporaryDirectory() as parent, ExitStack() as stack:
+        folders = {observe: Path(parent) / str(observe) for observe in (first, not first)}
+        processes = {}
+        for observe, folder in folders.items():
+            folder.mkdir()
+            arguments = [sys.executable, "-m", *command(observe)]
+            nothing = subprocess.DEVNULL
+            process = subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, stdout=nothing, stderr=nothing)
+            processes[observe] = stack.enter_context(process)
+        return in_slices(processes, {observe: folder / begins for observe, folder in folders.items()})
 
 
 def main() -> None:
     """Print the results, then everything as JSON."""
-    torch.manual_seed(0)
-    results = {"validation": validation()}
-    results["process"], results["training"] = quickstart()
-    for name, times in results.items():
-        on, off = times.values()
-        print(f"{name:10}  with {on / 1e3:6.2f} s  without {off / 1e3:6.2f} s  overhead {100 * (on / off - 1):+.1f} %")
+    results = {}
+    print(f"{'median seconds':32}{'with':>8}{'without':>8}{'overhead':>10}{'least':>10}{'most':>10}")
+    for name, command, begins in (("validation", validation, READY), ("quickstart", quickstart, RECORD)):
+        rounds = [measure(command, begins, first=turn % 2 == 0) for turn in range(ROUNDS)]
+        for index, part in enumerate(("whole process", "from the first step on")):
+            on, off = ([seconds[observe][index] for seconds in rounds] for observe in (True, False))
+            over = [100 * (with_ / without - 1) for with_, without in zip(on, off, strict=True)]
+            medians = (statistics.median(on), statistics.median(off))
+            percents = "".join(f"{percent:+8.1f} %" for percent in (statistics.median(over), min(over), max(over)))
+            print(f"{f'{name}, {part}':32}" + "".join(f"{median:8.2f}" for median in medians) + percents, flush=True)
+            results[f"{name}, {part}"] = {"with": on, "without": off}
     print(json.dumps(results | {"rounds": ROUNDS, "versions": versions()}))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["validate"]:
+        validate(sys.argv[2] == "True")
+    else:
+        main()

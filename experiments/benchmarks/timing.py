@@ -4,18 +4,22 @@ import ctypes
 import datetime
 import math
 import platform
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dyn_lightning.record import device_name, packages
 
 CPU = torch.device("cpu")
+Name = TypeVar("Name")
 
 
 def in_turn(
@@ -82,6 +86,47 @@ def milliseconds(function: Callable[[], Any], calls: int, device: torch.device) 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - start) / calls
+
+
+def in_slices(
+    processes: Mapping[Name, subprocess.Popen[bytes]], begins: Mapping[Name, Path], slice: float = 0.5
+) -> dict[Name, tuple[float, float]]:
+    """Let one process at a time run, in turn, to their ends: what slows the machine down for seconds slows all of them.
+
+    Args:
+        processes: that were started, by name.
+        begins: a file by name that is there when what counts begins.
+        slice: seconds of a turn.
+
+    Returns:
+        The seconds in which each process could run, all of them and from when its file was there.
+    """
+    seconds = {name: [0.0, 0.0] for name in processes}
+    for process in processes.values():
+        process.send_signal(signal.SIGSTOP)
+    try:
+        while running := [name for name, process in processes.items() if process.poll() is None]:
+            for name in running:
+                counts = begins[name].exists()
+                took = _turn(processes[name], slice)
+                seconds[name][0] += took
+                seconds[name][1] += took * counts
+    finally:
+        for process in processes.values():
+            process.kill()  # does nothing to what has ended
+    if any(process.returncode for process in processes.values()):
+        raise RuntimeError(f"exit codes {[process.returncode for process in processes.values()]} must be 0")
+    return {name: (whole, counted) for name, (whole, counted) in seconds.items()}
+
+
+def _turn(process: subprocess.Popen[bytes], seconds: float) -> float:
+    start = time.perf_counter()
+    process.send_signal(signal.SIGCONT)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGSTOP)
+    return time.perf_counter() - start
 
 
 def give_back_memory(device: torch.device = CPU) -> None:

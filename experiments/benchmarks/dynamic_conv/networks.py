@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from dyn_lightning.allocator import keep_freed_memory
 from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.layers import DynamicConv2d
@@ -39,8 +40,11 @@ TURN = 500  # milliseconds that a process takes steps for in its turn, after a f
 
 
 def prepare(options: Any) -> None:
-    """Set up a process: its threads, its device, and products as cuDNN's convolutions have them by default."""
+    """Set up a process as the commands do: its threads, its memory, its device, and products as cuDNN's convolutions
+    have them by default.
+    """
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
         torch.set_float32_matmul_precision("high")
