@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from shutil import which
 
@@ -23,7 +25,7 @@ from experiments.benchmarks.dynamic_conv.fit_costs import fit, lines
 from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained, work_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 from experiments.benchmarks.dynamic_conv.plots import draw
-from experiments.benchmarks.timing import in_turn, interleaved
+from experiments.benchmarks.timing import in_slices, in_turn, interleaved
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/benchmarks/results"
@@ -49,6 +51,28 @@ def test_interleaved_calls_the_short_several_times() -> None:
     calls: list[int] = []
     interleaved({"short": lambda: calls.append(1)}, rounds=1, least_ms=5)
     assert len(calls) == 2 + 100
+
+
+BUSY = "import time\nwhile time.process_time() < {seconds}: pass"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are stopped by a signal of POSIX")
+def test_processes_run_in_slices_to_their_ends(tmp_path: Path) -> None:
+    seconds = {"long": 0.9, "short": 0.4}
+    processes = {
+        name: subprocess.Popen([sys.executable, "-c", BUSY.format(seconds=each)]) for name, each in seconds.items()
+    }
+    times = in_slices(processes, {"long": tmp_path, "short": tmp_path / "never there"}, slice=0.1)
+    for name, each in seconds.items():
+        assert times[name][0] > 0.9 * each  # a little of it was spent before the first slice
+    assert times["long"][1] == times["long"][0]
+    assert times["short"][1] == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are stopped by a signal of POSIX")
+def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit codes .*3"):
+        in_slices({"fails": subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])}, {"fails": tmp_path})
 
 
 def test_lines_are_the_costs_that_made_the_times() -> None:
