@@ -71,7 +71,7 @@ def test_processes_run_in_slices_to_their_ends(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are stopped by a signal of POSIX")
 def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="exit codes .*3"):
+    with pytest.raises(RuntimeError, match=r"exit codes .*3"):
         in_slices({"fails": subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])}, {"fails": tmp_path})
 
 
