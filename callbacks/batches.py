@@ -1,9 +1,10 @@
 """Reads batches, loaders and data modules of whatever form."""
 
 import math
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
@@ -18,7 +19,9 @@ def images_and_labels(batch: Any, size: int) -> tuple[Tensor | None, Tensor | No
     named = [(name, tensor) for name, tensor in _tensors(batch) if len(tensor) == size]
     images = [each for _, each in named if each.dim() == 4 and (each.is_floating_point() or each.dtype == torch.uint8)]
     labels = [each for each in named if each[1].dim() == 1 and _whole(each[1])]
-    labels.sort(key=lambda each: each[0].lower() not in LABELS)  # stable: else the first
+    first = next((place for place, (_, each) in enumerate(named) if images and each is images[0]), 0)
+    after = [id(each) for _, each in named[first:]]  # what stands before the images is rather their number
+    labels.sort(key=lambda each: (each[0].lower() not in LABELS, id(each[1]) not in after))  # stable: else the first
     classes = labels[0][1].long() if labels else None
     if classes is not None and size and classes.max() >= MOST_CLASSES:
         classes = None
@@ -26,10 +29,11 @@ def images_and_labels(batch: Any, size: int) -> tuple[Tensor | None, Tensor | No
 
 
 def batch_size(batch: Any, weights: dict[str, Tensor]) -> int:
-    """Count the images of a batch: they are its first tensor, or as many as most layers have rows."""
-    tensors = [tensor for _, tensor in _tensors(batch)]
+    """Count the images of a batch: as many as most layers have rows, if a tensor has so many, or its first tensor."""
+    lengths = [len(tensor) for _, tensor in _tensors(batch)]
     rows = [len(value) for value in weights.values()]
-    return len(tensors[0]) if tensors else max(rows, key=rows.count)
+    most = max(rows, key=rows.count)
+    return most if not lengths or most in lengths else lengths[0]
 
 
 def loader_length(loaders: Any, batches: Sequence[float] | float) -> float:
@@ -57,17 +61,24 @@ def not_repeated(loaders: Any, places: Tensor) -> Tensor:
 
 
 def class_names(trainer: Trainer) -> tuple[str, ...]:
-    """Give the names of the data's classes, or nothing."""
-    return tuple(map(str, getattr(trainer.datamodule, "class_names", None) or ()))  # type: ignore[attr-defined]
+    """Give the names of the data's classes by their numbers, or nothing; users have them in various forms."""
+    names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+    if isinstance(names, Mapping) and names and all(isinstance(label, int) and label >= 0 for label in names):
+        return tuple(str(names.get(label, label)) for label in range(min(MOST_CLASSES, max(names) + 1)))
+    return tuple(map(str, names)) if isinstance(names, Iterable) and not isinstance(names, (str, Mapping)) else ()
 
 
 def normalization(trainer: Trainer, channels: int) -> tuple[Any, Any]:
     """Give the mean and standard deviation that the data's pixels were normalised by, or None twice."""
-    found = [getattr(trainer.datamodule, name, None) for name in ("mean", "std")]  # type: ignore[attr-defined]
-    for value in found:
-        numbers = value if isinstance(value, (list, tuple, Tensor)) else [value]
-        if len(numbers) not in (1, channels) or not all(isinstance(each, (int, float, Tensor)) for each in numbers):
+    found = []
+    for name in ("mean", "std"):
+        try:
+            value = np.asarray(getattr(trainer.datamodule, name, None), dtype=float)  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
             return None, None
+        if value.size not in (1, channels) or not np.isfinite(value).all():  # None becomes NaN
+            return None, None
+        found.append(value.reshape(-1).tolist())
     return found[0], found[1]
 
 

@@ -21,9 +21,10 @@ LAYERS = 2  # where the user names none: the first and the last
 class ExpertExamples(RoutingObserver):
     """Draws, for each kernel of some layers, the images that give it the largest share of their routing weights.
 
-    The figures are ``expert_examples/LAYER``, a row a kernel, with the class and the share below each image. They are
-    drawn at the end of a training, and from time to time before, as ``RoutingReport`` does. Pixels are shown as they
-    were before normalisation where the data module has ``mean`` and ``std``, else each image is stretched to its range.
+    The figures are ``expert_examples/LAYER`` (of the test, ``test_expert_examples/LAYER``), a row a kernel, with the
+    class and the share below each image. They are drawn at the end of a training, and from time to time before, as
+    ``RoutingReport`` does. Pixels are shown as they were before normalisation where the data module has ``mean`` and
+    ``std``, else each image is stretched to its range.
 
     Args:
         layers: globs over the names of layers; None takes the first and the last.
@@ -73,7 +74,7 @@ class ExpertExamples(RoutingObserver):
             best, rows = largest_shares(seen.weights[layer], self.images_per_expert)
             labels = torch.full_like(rows, -1) if seen.labels is None else seen.labels[rows]
             draw = partial(figures.examples, layer, seen.images[rows], best, labels, class_names(trainer))
-            log_figure(trainer, f"expert_examples/{layer}", draw, step)
+            log_figure(trainer, f"{self._prefix}expert_examples/{layer}", draw, step)
 
 
 def largest_shares(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:

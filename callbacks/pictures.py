@@ -66,6 +66,9 @@ class Pictures:
 @contextmanager
 def _nothing_else_collected() -> Iterator[None]:
     """Let garbage collection look at what drawing makes alone: it makes so much that torch's would be looked at too."""
+    if gc.get_freeze_count():  # what a user set aside would come back with the rest
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -13,7 +13,7 @@ from dyn_lightning.callbacks.notices import (
     say_without_routed_layers,
     say_without_tensorboard,
 )
-from dyn_lightning.callbacks.pictures import writers
+from dyn_lightning.callbacks.pictures import step_of, writers
 from dyn_lightning.checks import check_count
 from dyn_lightning.routing import watch
 
@@ -42,12 +42,13 @@ class RoutingHistogram(Callback):
         self.bins = bins
         self.stop_when_not_finite = stop_when_not_finite
         self._watching = ExitStack()
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] | None = None  # while the routers are watched
         self._last_step = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once if there is nothing to write, or nowhere to."""
-        self._weights, self._last_step = {}, -1  # of an earlier training
+        self._stop()
+        self._last_step = -1  # of an earlier training
         self._not_finite = NotFinite(self.stop_when_not_finite)
         say_without_routed_layers(trainer, pl_module)
         say_without_pictures(trainer)
@@ -55,29 +56,39 @@ class RoutingHistogram(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the routers in the steps that are due."""
-        due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step
+        step = step_of(trainer)
+        due = step % self.every_n_steps == 0 and step != self._last_step
         if due and (self.stop_when_not_finite or trainer.loggers):
-            self._last_step = trainer.global_step
+            self._last_step = step
             self._weights = self._watching.enter_context(watch(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write what was seen."""
-        self._watching.close()
-        if self._weights:
-            self._write(trainer, {layer: weights.float() for layer, weights in self._weights.items()})
-        self._weights = {}
+        if self._weights is not None:
+            self._write(trainer, {layer: self._count(weights.float()) for layer, weights in self._weights.items()})
+        self._stop()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the hooks away where a model left out the rest of the epoch."""
+        self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks away."""
-        self._watching.close()
+        self._stop()
 
-    def _write(self, trainer: Trainer, layers: dict[str, Tensor]) -> None:
-        counted = torch.cat([self._count(weights) for weights in layers.values()])
-        # Every rank takes part; only the first one writes.
-        counted = trainer.strategy.reduce(counted, reduce_op="sum").cpu()
-        tables = dict(zip(layers, counted.split([weights.shape[1] for weights in layers.values()]), strict=True))
+    def _stop(self) -> None:
+        self._watching.close()
+        self._weights = None
+
+    def _write(self, trainer: Trainer, tables: dict[str, Tensor]) -> None:
+        if trainer.world_size > 1:  # every rank takes part; a layer may have run on some of them alone
+            everywhere: list[dict[str, Tensor]] = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(everywhere, tables)
+            tables = {}
+            for layer, table in (item for of_rank in everywhere for item in of_rank.items()):
+                tables[layer] = tables[layer] + table if layer in tables else table
         self._not_finite(trainer, {layer: int(table[:, 0].sum()) for layer, table in tables.items()})
         if not trainer.is_global_zero:
             return
@@ -102,10 +113,11 @@ class RoutingHistogram(Callback):
                     )
 
     def _count(self, weights: Tensor) -> Tensor:
-        """Give, a row a kernel, how many are not finite, sum, sum of squares, and the count of each bin."""
+        """Give, a row a kernel, how many are not finite, sum, sum of squares, and the count of each bin; on the CPU."""
         finite = weights.isfinite()
         place = (weights.nan_to_num(0).clamp(0, 1) * self.bins).long().clamp(max=self.bins - 1)
         counts = torch.zeros(weights.shape[1], self.bins, device=weights.device)
         counts.scatter_add_(1, place.T, finite.T.float())
         known = weights.where(finite, 0)
-        return torch.cat([torch.stack([(~finite).sum(0), known.sum(0), known.square().sum(0)], dim=1), counts], dim=1)
+        sums = torch.stack([(~finite).sum(0), known.sum(0), known.square().sum(0)], dim=1)
+        return torch.cat([sums, counts], dim=1).cpu()

@@ -18,12 +18,13 @@ from dyn_lightning.callbacks.batches import (
     normalization,
     not_repeated,
 )
-from dyn_lightning.callbacks.notices import say_without_pictures, say_without_routed_layers
+from dyn_lightning.callbacks.notices import say_once, say_without_pictures, say_without_routed_layers
 from dyn_lightning.callbacks.pictures import Pictures
 from dyn_lightning.checks import check_count, check_globs, matches
 from dyn_lightning.routing import named_routers, watch
 
 SPLITS = ("val", "test")
+MERGED = 64  # batches whose small tensors are put together, so that small batches take no more than large ones
 
 
 class Seen(NamedTuple):
@@ -83,6 +84,7 @@ class RoutingObserver(Callback, ABC):
         self.split = split
         self.layers = layers
         self.pictures = Pictures(every_n_evaluations)
+        self._prefix = "" if split == "val" else f"{split}_"  # of all tags: both splits may be watched
         self._side = side
         self._watching = ExitStack()
         self._told: set[str] = set()
@@ -101,15 +103,20 @@ class RoutingObserver(Callback, ABC):
         if stage not in (("fit", "validate") if self.split == "val" else ("test",)):
             return
         say_without_routed_layers(trainer, pl_module)
+        say_without_pictures(trainer)
         names = list(named_routers(pl_module))
         if names:
             check_globs("layers", self.layers or [], names, "routed layer")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say once if there is nowhere to draw."""
+        """Begin anew."""
         self.pictures.begin()
         self._told.clear()
-        say_without_pictures(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once if there will be no evaluation."""
+        if self.split == "val" and not trainer.enable_validation:
+            say_once(trainer, "nothing is shown of the routing after epochs, since the training has no validation")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last evaluation."""
@@ -202,6 +209,8 @@ class RoutingObserver(Callback, ABC):
         places = torch.arange(self._passed, self._passed + size)
         self._passed += size
         chosen = (places % self._every == 0) & (places < self._most * self._every) & not_repeated(loaders, places)
+        if not chosen.any():
+            return
         rows, rows_of = chosen.nonzero().flatten(), {}
         globs = ["*"] if self.layers is None else self.layers
         wanted = {name: weights for name, weights in self._weights.items() if matches(name, globs)}
@@ -216,6 +225,8 @@ class RoutingObserver(Callback, ABC):
         else:
             images = None
         self._kept.append(Seen(weights, None if labels is None else labels[rows.to(labels.device)], images))
+        if len(self._kept) > MERGED:
+            self._kept = [_joined(self._kept)]
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if split != self.split or trainer.sanity_checking:

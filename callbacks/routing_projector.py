@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 
 from dyn_lightning.callbacks.batches import class_names
+from dyn_lightning.callbacks.notices import say_without_tensorboard
 from dyn_lightning.callbacks.pictures import step_of, writers
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.checks import check_count
@@ -43,6 +44,11 @@ class RoutingProjector(RoutingObserver):
             )
         super().__init__(max_images, split, math.inf, side, layers)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say once if there is nothing to see, or no projector."""
+        super().setup(trainer, pl_module, stage)
+        say_without_tensorboard(trainer)
+
     def wanted(self, trainer: Trainer) -> bool:
         """Say whether there is a TensorBoard."""
         return bool(writers(trainer))
@@ -59,7 +65,7 @@ class RoutingProjector(RoutingObserver):
         labels = None if seen.labels is None else _metadata(seen.labels[rows].tolist(), class_names(trainer))
         images = None if seen.images is None else seen.images[rows].float() / 255
         for writer in writers(trainer):
-            writer.add_embedding(points[rows], labels, images, global_step=step, tag="routing")
+            writer.add_embedding(points[rows], labels, images, global_step=step, tag=f"{self._prefix}routing")
 
 
 def _metadata(labels: list[int], names: Sequence[str]) -> list[str]:

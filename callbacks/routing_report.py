@@ -36,7 +36,7 @@ class RoutingReport(RoutingObserver):
     where there are labels) and ``routing_not_finite_images``; see ``LayerStatistics``. Without a layer's name each is
     the mean over the layers, which callbacks like EarlyStopping can monitor, also without a logger. Figures:
     ``routing_report/depth`` (entropy, difference between classes and load of the kernels), ``similarity`` and
-    ``classes``.
+    ``classes``. All begin with ``test_`` where it is the test that is reported.
 
     While a network trains, drawing takes about 0.5 % of the time; the last evaluation is always drawn, at the end.
     Scalars go to all loggers, figures to TensorBoard's and those with ``log_image(key, images, step)``.
@@ -79,11 +79,11 @@ class RoutingReport(RoutingObserver):
             for name, weights in seen.weights.items()
         }
         images = len(next(iter(seen.weights.values())))
-        scalars = {kind: _by_layer(layers, kind) for kind in KINDS}
-        means = {f"routing_{kind}": fmean(values.values()) for kind, values in scalars.items() if values}
+        scalars = {f"{self._prefix}routing_{kind}": _by_layer(layers, kind) for kind in KINDS}
+        means = {tag: fmean(values.values()) for tag, values in scalars.items() if values}
         # They are the same on every rank, so the mean over the ranks is the value.
-        pl_module.log_dict({"routing_images": float(images), **means}, sync_dist=True)
-        each = {f"routing_{kind}/{name}": value for kind, values in scalars.items() for name, value in values.items()}
+        pl_module.log_dict({f"{self._prefix}routing_images": float(images), **means}, sync_dist=True)
+        each = {f"{tag}/{name}": value for tag, values in scalars.items() for name, value in values.items()}
         for logger in trainer.loggers if trainer.is_global_zero else []:
             logger.log_metrics(each, step=step_of(trainer))  # by pl_module.log they would take longer than all the rest
         self._not_finite(trainer, {name: each.not_finite for name, each in layers.items()})
@@ -95,14 +95,14 @@ class RoutingReport(RoutingObserver):
         self._not_finite.begin()
 
     def _draw(self, trainer: Trainer, step: int, layers: dict[str, LayerStatistics], seen: Seen) -> None:
-        names = list(layers)
-        log_figure(trainer, "routing_report/depth", lambda: figures.depth(layers), step)
+        names, report = list(layers), f"{self._prefix}routing_report"
+        log_figure(trainer, f"{report}/depth", lambda: figures.depth(layers), step)
         if len(names) > 1:
             matrix = similarity(seen.weights)
-            log_figure(trainer, "routing_report/similarity", lambda: figures.similarity(matrix, names), step)
+            log_figure(trainer, f"{report}/similarity", lambda: figures.similarity(matrix, names), step)
         if all(len(each.class_means) for each in layers.values()):
             named = class_names(trainer)
-            log_figure(trainer, "routing_report/classes", lambda: figures.classes(layers, named), step)
+            log_figure(trainer, f"{report}/classes", lambda: figures.classes(layers, named), step)
 
 
 def _by_layer(layers: Mapping[str, LayerStatistics], kind: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ import re
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from dyn_lightning.callbacks.notices import say_without_tensorboard
 from dyn_lightning.callbacks.pictures import writers
 from dyn_lightning.protocols import Annealed, Grouped, Routed, named_layers
 
@@ -55,6 +56,7 @@ class ScalarLayout(Callback):
         for protocol, more in CHARTS.items():
             charts |= more if dict(named_layers(pl_module, protocol)) else {}
         charts |= self.charts
+        say_without_tensorboard(trainer)
         layout = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items()}
         if trainer.is_global_zero:
             for writer in writers(trainer):

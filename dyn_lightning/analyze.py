@@ -57,6 +57,9 @@ class AnalyzeCLI(CheckpointCLI):
     def claim_folder(self) -> None:
         """Create the folder; rank 0 does it for all."""
         super().claim_folder()
+        limit = f"limit_{self.config.split}_batches"
+        if self.config.trainer[limit] == 0:
+            raise ValueError(f"trainer.{limit}=0 leaves nothing to look at: give --trainer.{limit} 1.0, or how many")
         if not named_routers(self.model) and not dict(named_layers(self.model, Grouped)):
             raise ValueError(
                 "there is nothing to show: the model has no layer that routes images (routers()) or learns groups "
@@ -74,15 +77,15 @@ class AnalyzeCLI(CheckpointCLI):
         self.parser.callback_keys.clear()
         given = [callback for callback in callbacks if isinstance(callback, (*OBSERVERS, PROGRESS_BAR))]
         observers = [each for each in default_observers(self.model, given) if isinstance(each, OBSERVERS)]
-        saved = self.load_weights()
+        states = self.load_weights().get("callbacks", {})  # a checkpoint of weights alone has none
         for callback in (*given, *observers):
             if isinstance(callback, RoutingObserver):
                 callback.split = self.config.split
-            if isinstance(callback, GroupTracker) and callback.state_key in saved["callbacks"]:
-                callback.load_state_dict(saved["callbacks"][callback.state_key])
+            if isinstance(callback, GroupTracker) and callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
         layers = [*named_routers(self.model), *(name for name, _ in named_layers(self.model, Grouped))]
         page = Page(self.folder, f"What the layers of {self.config.name} learned", list(dict.fromkeys(layers)))
-        return {"callbacks": [*given, *observers], "logger": page, "enable_checkpointing": False}
+        return {"callbacks": [*given, *observers], "logger": page, "enable_checkpointing": False, "fast_dev_run": False}
 
 
 def main(args: list[str] | None = None) -> None:

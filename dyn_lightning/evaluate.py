@@ -77,6 +77,7 @@ class EvaluateCLI(CheckpointCLI):
             "callbacks": [callback for callback in callbacks if isinstance(callback, PROGRESS_BAR)],
             "logger": False,
             "enable_checkpointing": False,
+            "fast_dev_run": False,
             "limit_test_batches": 1.0,  # each image once, whatever the training left out
             SAMPLER: False,
         }

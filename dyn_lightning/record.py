@@ -80,9 +80,13 @@ class RunFolder:
         return max(self.checkpoints.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
     def best(self) -> Path | None:
-        """Find the best checkpoint, as the last one knows it."""
+        """Find the best checkpoint, as the last one knows it; one of weights alone knows it where there is but one."""
         last = self.last()
-        states = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["callbacks"] if last else {}
+        saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True) if last else {}
+        if last is None or "callbacks" not in saved:
+            found = list(self.checkpoints.glob("best*.ckpt"))
+            return found[0] if len(found) == 1 else None
+        states = saved["callbacks"]
         best = [
             state["best_model_path"] for state in states.values() if isinstance(state, dict) and state.get("monitor")
         ]

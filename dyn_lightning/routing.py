@@ -202,13 +202,16 @@ def named_routers(model: nn.Module) -> dict[str, nn.Module]:
         Routers by the name of their layer; a layer that has several gives ``layer.router``, and layers that share one
         give the same.
     """
-    found = {}
+    # Of a SharedRouter, the one that runs.
+    return {name: getattr(router, "source", router) for name, router in _own_routers(model)}
+
+
+def _own_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Give the routers as the layers have them, which may be SharedRouters."""
     for name, layer in named_layers(model, Routed):
         routers = layer.routers()
         for key, router in routers.items():
-            source = getattr(router, "source", router)  # of a SharedRouter, the one that runs
-            found[name if name and len(routers) == 1 else f"{name}.{key}".lstrip(".")] = source
-    return found
+            yield name if name and len(routers) == 1 else f"{name}.{key}".lstrip("."), router
 
 
 @contextmanager
@@ -220,7 +223,8 @@ def watch(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             a compiled one silently skips hooks that were added after its first call.
 
     Yields:
-        A dict that holds, after each forward pass, the latest routing weights ``(B, K)`` by layer name, detached.
+        A dict that holds, after each forward pass, the latest routing weights ``(B, K)`` by layer name, detached, in
+        the order in which the layers first ran.
 
     Example:
         >>> router = SoftmaxAttention(4, 3)
@@ -240,7 +244,7 @@ def watch(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    with _hooked([(router, record(name)) for name, router in named_routers(model).items()]):
+    with _hooked([(router, record(name)) for name, router in _own_routers(model)]):
         yield weights
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dyn_lightning.analyze import main
@@ -139,6 +140,32 @@ class TestWritten:
         assert json.loads((run / "analysis" / "run.json").read_text())["metrics"]["routing_images"] == 10
 
 
+class TestWeightsAlone:
+    """Checkpoints that were saved without callbacks and optimizers."""
+
+    @pytest.mark.parametrize("which", ["best", "last"])
+    def test_are_analysed(self, which: str, run: Path) -> None:
+        for path in (run / "checkpoints").iterdir():
+            saved = torch.load(path, weights_only=True)
+            torch.save({name: saved[name] for name in ("state_dict", "epoch", "global_step")}, path)
+        analyze(run, "--ckpt_path", which)
+        assert {path.name for path in (run / "analysis").glob("*.png")} == PICTURES
+
+    def test_which_is_the_best_must_be_known(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        last = run / "checkpoints" / "last.ckpt"
+        torch.save({"state_dict": {}, "global_step": 0}, last)
+        shutil.copy(last, run / "checkpoints" / "best-other.ckpt")
+        message = refused(capsys, main, "--config", str(run / "config.yaml"))
+        assert "--ckpt_path best:" in message
+        assert "has no best checkpoint" in message
+
+
+def test_a_configuration_that_tries_the_training_alone(run: Path) -> None:
+    analyze(run, "--trainer.fast_dev_run", "true")
+    assert json.loads((run / "analysis" / "run.json").read_text())["metrics"]["routing_images"] == 180
+    assert (run / "analysis" / "index.html").is_file()
+
+
 class TestWhere:
     def test_nothing_is_overwritten(self, run: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
@@ -197,6 +224,7 @@ class TestBadInput:
             (["--output", "runs"], "--output runs: it exists already, and nothing is overwritten"),
             (["--model.conv_args", "{num_kernels: 5}"], "is of another model"),
             (["--model.conv", "static"], "is of another model"),
+            (["--trainer.limit_val_batches", "0"], "trainer.limit_val_batches=0 leaves nothing to look at: give --tr"),
             (["--splt", "val"], "there is no key 'splt', did you mean 'split'"),
         ],
         ids=str,

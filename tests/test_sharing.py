@@ -80,6 +80,17 @@ def owners(model: nn.Module) -> list[str]:
 
 
 class TestScopes:
+    def test_layers_are_watched_in_the_order_in_which_they_run(self) -> None:
+        """Not all that share a router where it runs."""
+        model = Net()
+        include = ["blocks.0.conv1", "blocks.2.conv2"]
+        convert(model, "condconv", include=include, share="model", num_experts=3)
+        convert(model, "condconv", include=["blocks.1.conv1"], num_experts=2)
+        with watch(model) as routing:
+            model(images().float())
+        assert list(routing) == ["blocks.0.conv1", "blocks.1.conv1", "blocks.2.conv2"]
+        assert torch.equal(routing["blocks.0.conv1"], routing["blocks.2.conv2"])
+
     @pytest.mark.parametrize(("share", "count"), [("layer", 6), ("block", 3), ("stage", 1), ("model", 1)])
     def test_of_a_small_network(self, share: str, count: int) -> None:
         model = shared(share)

@@ -24,6 +24,7 @@ NAMED_LAYERS, CLASSES, KERNELS, PANELS = 40, 30, 64, 6
 PREFIX = 28  # letters of the modules that all layers are in
 ROWS_OF_EXAMPLES = 16
 SIDE_OF_MEMBERSHIP = 512
+SIDE, DPI = 400, 100  # pixels that a smaller membership is drawn with, at most
 
 Layers = Mapping[str, LayerStatistics]
 
@@ -219,12 +220,14 @@ def membership(name: str, matrix: Tensor) -> Figure:
     outputs, inputs = matrix.shape
     steps = [math.ceil(length / SIDE_OF_MEMBERSHIP) for length in matrix.shape]
     small = F.avg_pool2d(matrix.detach().float()[None], steps, ceil_mode=True)[0]
-    figure = Figure(figsize=(4.6, 4.8), layout="constrained")
+    # A whole number of pixels a channel: else some would be wider than others, or not there at all.
+    longest = max(small.shape)
+    unequal = longest > 4 * min(small.shape)  # with square channels one side could not be seen
+    height, width = (each * max(1, SIDE // (each if unequal else longest)) / DPI for each in small.shape)
+    figure = _framed((width, height), left=0.7, right=max(0.3, 3.5 - width), bottom=0.5, top=0.5)
     axes = figure.subplots()
     extent = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
-    axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent)
-    if max(matrix.shape) > 4 * min(matrix.shape):
-        axes.set_aspect("auto")  # or one side could not be seen
+    axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent, aspect="auto")
     axes.set(xlabel="channel of the input", ylabel="channel of the output")
     some = f", averaged over {steps[0]}x{steps[1]} channels" if max(steps) > 1 else ""
     axes.set_title(f"{_ending(name, 32)}\nblack is connected{some}", fontsize=9)
@@ -259,7 +262,7 @@ def _framed(size: tuple[float, float], left: float, right: float, bottom: float,
     matplotlib can find the margins by itself; it measures all text twice for that, which takes a third of the drawing.
     """
     width, height = left + size[0] + right, bottom + size[1] + top
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), dpi=DPI)
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     return figure
 
@@ -311,12 +314,16 @@ def _shortened(names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _class_name(names: Sequence[str], label: int, length: int) -> str:
-    return _ending(names[label], length) if label < len(names) else str(label)
+    name = names[label] if label < len(names) else str(label)
+    return _plain(name if len(name) <= length else f"{name[: length - 3]}...")
 
 
 def _ending(name: str, length: int = 20) -> str:
-    short = name if len(name) <= length else f"...{name[3 - length :]}"
-    return short.replace("$", r"\$")  # which would begin a formula
+    return _plain(name if len(name) <= length else f"...{name[3 - length :]}")
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # which would begin a formula
 
 
 def _height(layers: int) -> float:

@@ -195,7 +195,7 @@ class TestClasses:
         axes, bar = figure.axes
         assert_allclose(mesh(axes), np.concatenate(self.LAYERS, axis=1), rtol=1e-6)
         assert axes.get_title() == "Mean routing weights by class"
-        assert ticks(axes.yaxis) == ["cat", "dog", "cow", "...imal with a long name"]
+        assert ticks(axes.yaxis) == ["cat", "dog", "cow", "an animal with a long..."]
         assert ticks(axes.xaxis) == ["a", "b", "c"]
         assert list(axes.get_xticks()) == [0.5, 1.5, 2.5]
         assert [line.get_xdata() for line in axes.lines] == [[1, 1], [2, 2]]
@@ -311,7 +311,7 @@ class TestExamples:
             part = canvas[8 * row : 8 * row + 5, 7 * column : 7 * column + 5]
             assert np.array_equal(part, images[row, column].permute(1, 2, 0))
         assert (canvas.min(2) < 255).sum() == 5 * 5 * 5  # the rest is white, also where the share is NaN
-        assert texts(axes) == ["...e night\n0.90", "cat\n0.80", "0.75", "cat\n0.50", "2\n0.25"]
+        assert texts(axes) == ["animal ...\n0.90", "cat\n0.80", "0.75", "cat\n0.50", "2\n0.25"]
         places = [(2.5, 5), (9.5, 5), (2.5, 13), (2.5, 21), (9.5, 21)]
         assert [text.get_position() for text in axes.texts] == places
         assert self.title(figure) == "net.conv\nclass and the kernel's share of the weights"
@@ -448,6 +448,22 @@ class TestMembership:
     def test_channels_have_whole_numbers(self, size: int) -> None:
         (axes,) = figures.membership("a", torch.eye(size)).axes
         assert ticks(axes.xaxis) == ticks(axes.yaxis) == [str(channel) for channel in range(size)]
+
+    @pytest.mark.parametrize("side", [1, 3, 64, 130, 390, 391, 512])
+    def test_each_channel_can_be_seen(self, side: int) -> None:
+        """In a board of black and white fields, each has as many pixels."""
+        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2
+        figure = figures.membership("a", board)
+        drawn = figures.pixels(figure)[:, :, 0]
+        left, bottom, right, top = figure.axes[0].get_window_extent().extents.round().astype(int)
+        inside = drawn[len(drawn) - top : len(drawn) - bottom, left:right]
+        each = len(inside) // side
+        assert inside.shape == (side * each, side * each)
+        centres = inside[each // 2 :: each, each // 2 :: each]
+        expected = 255 * (1 - board.numpy())
+        frame = 1 + 1 // each  # the frame is drawn over the outermost pixels
+        where = slice(frame, -frame) if side > 2 * frame else slice(0)
+        assert np.array_equal(centres[where, where], expected[where, where])
 
     def test_long_name(self) -> None:
         (axes,) = figures.membership("0123456789." * 5, torch.eye(3)).axes

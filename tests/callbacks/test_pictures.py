@@ -104,3 +104,14 @@ def test_garbage_collection_is_as_before_and_nothing_is_left() -> None:
     Pictures(1).offer(trainer(), draw)
     assert gc.get_freeze_count() == 0
     assert left[0]() is None
+
+
+def test_what_a_user_set_aside_from_garbage_collection_stays_there() -> None:
+    gc.freeze()
+    try:
+        frozen, drawn = gc.get_freeze_count(), []
+        Pictures(1).offer(trainer(), lambda: drawn.append(True))
+        assert drawn == [True]
+        assert gc.get_freeze_count() >= frozen - 100  # some of it ends by itself
+    finally:
+        gc.unfreeze()

@@ -209,6 +209,12 @@ class TestHooks:
             train(model, tmp_path, constant(), RoutingHistogram(1), Raise(step=2))
         assert self.hooks(model) == 0
 
+    def test_are_gone_after_an_epoch_that_the_model_ends_early(self, tmp_path: Path) -> None:
+        model = classifier()
+        model.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx == 2 else None  # type: ignore
+        train(model, tmp_path, constant(), RoutingHistogram(1))
+        assert self.hooks(model) == 0
+
     def test_are_there_in_the_steps_that_are_due_alone(self, tmp_path: Path) -> None:
         counts = []
 

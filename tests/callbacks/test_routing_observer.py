@@ -1,17 +1,23 @@
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from dyn_lightning.callbacks import ExpertExamples, RoutingHistogram, RoutingProjector, RoutingReport, ScalarLayout
+from dyn_lightning.callbacks.batches import class_names, normalization
 from dyn_lightning.callbacks.routing_observer import RoutingObserver, Seen
 from dyn_lightning.routing import named_routers
-from tests.callbacks.boards import constant, train
+from tests.callbacks.boards import constant, pictures, scalars, train
 from tests.callbacks.coded import Data, data, routed, softmax_rows
-from tests.training import classifier, digits
+from tests.training import classifier, digits, warns_once
 
 
 class Notes(RoutingObserver):
@@ -209,6 +215,32 @@ class TestMemory:
         train(routed(3, 5), rows, tmp_path, notes, held)
         assert 0 < held.most <= 4 * 20 * (3 + 5) + 8 * 20 + 3 * 20 * 4**2
 
+    def test_so_is_the_number_of_tensors(self, tmp_path: Path) -> None:
+        """One image a batch: each tensor takes hundreds of bytes, whatever is in it."""
+        weights = softmax_rows(300, 3)
+        notes, most = Notes(), 0
+
+        class Count(Callback):
+            def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+                nonlocal most
+                most = max(most, len(notes._kept))
+
+        train(routed(3), data(weights, batch_size=1), tmp_path, notes, Count())
+        assert 0 < most <= 64
+        assert torch.equal(notes.seen[0].weights["backbone.0"], weights)
+        assert notes.seen[0].labels is not None
+        assert notes.seen[0].labels.tolist() == [n % 4 for n in range(300)]
+
+    def test_batches_without_a_chosen_image_keep_nothing(self, tmp_path: Path) -> None:
+        notes, counts = Notes(max_images=2), []
+
+        class Count(Callback):
+            def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+                counts.append(len(notes._kept))
+
+        train(routed(3), data(softmax_rows(6, 3), batch_size=1), tmp_path, notes, Count())
+        assert counts == [1, 1, 1, 2, 2, 2]
+
 
 class TestHooks:
     def hooks(self, model: nn.Module) -> int:
@@ -264,6 +296,119 @@ class TestHooks:
         with torch.no_grad():
             model.eval()(images)
         assert compiled
+
+
+class Form:
+    """The same images and labels, in batches of another form."""
+
+    def __init__(self, form: Callable[[int, Tensor, Tensor], Any], back: Callable[[Any], Any]) -> None:
+        self.form, self.back = form, back
+
+    def observed(self, weights: Tensor, folder: Path) -> Seen:
+        rows, model, notes = data(weights), routed(weights.shape[1]), Notes(side=8)
+        images: Any = rows.val_set
+        batches = [self.form(first, *images[first : first + 3]) for first in range(0, len(weights), 3)]
+        step = model.validation_step
+        model.validation_step = lambda batch, batch_idx: step(self.back(batch), batch_idx)  # type: ignore[method-assign]
+        rows.val_dataloader = lambda: DataLoader(batches, batch_size=None)  # type: ignore[arg-type,method-assign]
+        train(model, rows, folder, notes)
+        return notes.seen[0]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(lambda first, x, y: (first + torch.arange(len(x)), x, y), lambda batch: batch[1:]),
+        Form(
+            lambda _, x, y: {"weights": torch.ones(10), "image": x, "y": y}, lambda batch: (batch["image"], batch["y"])
+        ),
+        Form(lambda _, x, y: (list(x), y), lambda batch: (torch.stack(batch[0]), batch[1])),
+    ],
+    ids=["numbers first", "weights of the classes first", "a list of images"],
+)
+def test_labels_and_sizes_are_found(form: Form, tmp_path: Path) -> None:
+    weights = softmax_rows(7, 3)
+    seen = form.observed(weights, tmp_path)
+    assert torch.equal(seen.weights["backbone.0"], weights)
+    assert seen.labels is not None
+    assert seen.labels.tolist() == [n % 4 for n in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (np.array(["cat", "dog"]), ("cat", "dog")),
+        ({0: "cat", 2: "dog"}, ("cat", "1", "dog")),
+        (iter(["cat", "dog"]), ("cat", "dog")),
+        ((), ()),
+        (None, ()),
+        (lambda: ["cat"], ()),
+        ("cats", ()),
+        ({"cat": 0}, ()),
+        (7, ()),
+    ],
+    ids=repr,
+)
+def test_names_of_classes(names: Any, expected: tuple[str, ...]) -> None:
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(class_names=names))
+    assert class_names(trainer) == expected
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "expected"),
+    [
+        (0.5, 2, ([0.5], [2.0])),
+        (torch.tensor(0.5), np.float32(2), ([0.5], [2.0])),
+        (np.array([0.5, 0.25, 0]), (1, 2, 3), ([0.5, 0.25, 0], [1, 2, 3])),
+        (torch.zeros(3, 1, 1), [torch.tensor(2.0)], ([0, 0, 0], [2])),
+        (0.5, None, (None, None)),
+        ("half", 1, (None, None)),
+        ([0.5, 0.5], 1, (None, None)),
+        (float("nan"), 1, (None, None)),
+        (lambda: 0.5, 1, (None, None)),
+    ],
+    ids=repr,
+)
+def test_normalization(mean: Any, std: Any, expected: tuple[Any, Any]) -> None:
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(mean=mean, std=std))
+    assert normalization(trainer, channels=3) == expected
+
+
+class TestNotices:
+    def test_validate_alone_without_a_logger(self) -> None:
+        rows = data(softmax_rows(4, 3))
+        trainer = Trainer(accelerator="cpu", callbacks=[RoutingReport()], logger=False, enable_progress_bar=False)
+        with warns_once("no pictures are drawn, since no logger takes them (there is no logger)"):
+            trainer.validate(routed(3), rows, verbose=False)
+
+    def test_without_validation(self, tmp_path: Path) -> None:
+        observers = RoutingReport(), ExpertExamples(), RoutingProjector()
+        with warns_once("nothing is shown of the routing after epochs, since the training has no validation"):
+            train(routed(3), data(softmax_rows(4, 3)), tmp_path, *observers, limit_val_batches=0)
+
+    @pytest.mark.parametrize("callback", [RoutingHistogram, RoutingProjector, ScalarLayout])
+    def test_pictures_without_tensorboard(self, callback: type[Callback], tmp_path: Path) -> None:
+        class Takes(CSVLogger):
+            def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+                """As other loggers have it."""
+
+        with warns_once("histograms, the projector and the layout of the scalars need a TensorBoardLogger"):
+            train(routed(3), data(softmax_rows(4, 3)), tmp_path, callback(), logger=Takes(tmp_path))
+
+
+def test_the_validation_and_the_test_have_tags_of_their_own(tmp_path: Path) -> None:
+    """Both are watched in one training, and tested at its last step."""
+    rows = data(softmax_rows(5, 3), softmax_rows(5, 2))
+    kinds = RoutingReport, ExpertExamples
+    observers = [kind(split=split) for kind in kinds for split in ("val", "test")]  # type: ignore[operator]
+    trainer = train(routed(3, 2), rows, tmp_path, *observers, RoutingProjector(split="test"))
+    trainer.test(trainer.model, rows, verbose=False)
+    found, drawn = scalars(trainer), pictures(trainer)
+    for prefix in ("", "test_"):
+        assert len(found[f"{prefix}routing_images"]) == len(found[f"{prefix}routing_entropy/backbone.1"]) == 1
+        for tag in ("routing_report/depth", "routing_report/classes", "expert_examples/backbone.0"):
+            assert len(drawn[f"{prefix}{tag}"]) == 1
+    assert len([*tmp_path.rglob("*/test_routing/metadata.tsv")]) == 1
 
 
 def test_batches_of_another_form(tmp_path: Path) -> None:

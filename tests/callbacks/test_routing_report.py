@@ -171,8 +171,8 @@ class TestFigures:
         trainer = train(model, loaders, tmp_path, RoutingReport(split="test"))
         assert pictures(trainer) == {}
         trainer.test(model, loaders, verbose=False)
-        assert pictures(trainer) == {tag: [4] for tag in FIGURES - {"routing_report/similarity"}}
-        assert scalars(trainer)["routing_images"] == {4: 5}
+        assert pictures(trainer) == {f"test_{tag}": [4] for tag in FIGURES - {"routing_report/similarity"}}
+        assert scalars(trainer)["test_routing_images"] == {4: 5}
 
     def test_one_that_cannot_be_drawn_does_not_cost_the_others(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
