@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dyn_lightning.allocator import is_freed_memory_kept
 from dyn_lightning.checks import Pair, as_padding, as_steps, check_batched, check_count
 from dyn_lightning.conv2d import in_format_of
 from dyn_lightning.per_sample.by_name import CHOICES, run
@@ -75,7 +75,6 @@ def dynamic_conv2d(
         >>> dynamic_conv2d(x, routing, weight, padding=1).shape
         torch.Size([2, 6, 7, 6])
     """
-    check_method(method, max_mixed_bytes)
     check_batched(input)
     if routing.dtype != weight.dtype:  # `to` would take longer to find out
         routing = routing.to(weight.dtype)
@@ -85,12 +84,21 @@ def dynamic_conv2d(
     compiling = torch.compiler.is_compiling()
     plan, case, taken = _decided(
         method if compiling else INSTEAD.get() or method,
+        max_mixed_bytes,
         input.shape,
         routing.shape,
         weight.shape,
         None if bias is None else bias.shape,
-        _in_pairs(stride, padding, dilation, groups),
-        (layout_of(input), input.element_size(), device, training, max_mixed_bytes),
+        stride,
+        padding,
+        dilation,
+        groups,
+        layout_of(input),
+        input.element_size(),
+        device,
+        training,
+        is_freed_memory_kept(),
+        () if compiling else _types(stride, padding, dilation),
     )
     input, weight = reduced(input, weight, plan)
     if taken == "benchmark":
@@ -115,6 +123,8 @@ def choose_method(
     max_mixed_bytes: int = MAX_MIXED_BYTES,
 ) -> str:
     """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
+
+    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call.
 
     Args:
         input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.
@@ -141,7 +151,8 @@ def choose_method(
     device = input.device.type
     input, weight = _in_one_type(device, input, weight)
     plan = plan_of(input.shape, weight.shape, *_in_pairs(stride, padding, dilation, groups))
-    return choose(case_of(plan, layout_of(input), input.element_size(), device, training, max_mixed_bytes))
+    rest = (device, training, max_mixed_bytes, is_freed_memory_kept())
+    return choose(case_of(plan, layout_of(input), input.element_size(), *rest))
 
 
 def check_method(method: str, max_mixed_bytes: int) -> None:
@@ -158,28 +169,31 @@ def check_method(method: str, max_mixed_bytes: int) -> None:
 @remembered
 def _decided(
     method: str,
+    max_mixed_bytes: int,
     input: torch.Size,
     routing: torch.Size,
     weight: torch.Size,
     bias: torch.Size | None,
-    geometry: tuple[Pair, Pair | str, Pair, int],
-    rest: tuple[Any, ...],
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+    layout: str,
+    bytes_each: int,
+    device: str,
+    training: bool,
+    keeps_memory: bool,
+    types: tuple[tuple[type, ...], ...],
 ) -> tuple[Plan, Case, str]:
-    """Check all sizes and choose a method, once: on small maps each step of Python would be seen.
+    """Check all arguments and choose a method, once: on small maps each step of Python would be seen.
 
-    Args:
-        method: that is asked for.
-        input: a size, like the next three.
-        routing: one row a sample.
-        weight: K kernels.
-        bias: K of them, or None.
-        geometry: stride, padding, dilation and groups.
-        rest: what ``case_of`` takes after the plan.
+    The types are of what is in pairs, since (True, 1) equals (1, 1) and would be taken for it.
 
     Returns:
         What is to be computed, all that the choice depends on, and a method, or ``"benchmark"``.
     """
-    plan = plan_of(input, weight, *geometry)
+    check_method(method, max_mixed_bytes)
+    plan = plan_of(input, weight, *_in_pairs(stride, padding, dilation, groups))
     kernels, out_channels = weight[:2]
     if routing != (input[0], kernels):
         raise ValueError(
@@ -188,8 +202,12 @@ def _decided(
         )
     if bias is not None and bias != (kernels, out_channels):
         raise ValueError(f"bias of shape {tuple(bias)} must be (K, C_out) = ({kernels}, {out_channels})")
-    case = case_of(plan, *rest)
+    case = case_of(plan, layout, bytes_each, device, training, max_mixed_bytes, keeps_memory)
     return plan, case, choose(case) if method == "auto" or input[0] == 0 else method
+
+
+def _types(*values: int | Pair | str) -> tuple[tuple[type, ...], ...]:
+    return tuple([tuple(map(type, value)) if type(value) is tuple else () for value in values])
 
 
 def _in_pairs(

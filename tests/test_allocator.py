@@ -14,32 +14,39 @@ from dyn_lightning.allocator import VARIABLES
 BATCHES = """
 import resource
 import torch
-from dyn_lightning.allocator import keep_freed_memory
+from dyn_lightning.allocator import is_freed_memory_kept, keep_freed_memory
+assert not is_freed_memory_kept()
 keep_freed_memory()
 for batch in range(25):
     maps = [torch.ones(2 << 20) for _ in range(10)]
     del maps
     if batch == 4:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, is_freed_memory_kept())
 """
 PAGES = 10 * (8 << 20) // os.sysconf("SC_PAGE_SIZE")  # of one batch
 
 
-def pages_given(**variables: str) -> int:
+def pages_given(**variables: str) -> tuple[int, bool]:
     """Run it in a process of its own, because a process cannot take the setting back."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
     command = [sys.executable, "-c", BATCHES]
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    pages, kept = said.split()
+    return int(pages), kept == "True"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 class TestKeepFreedMemory:
     def test_the_next_batch_uses_the_same_pages(self):
-        assert pages_given() < PAGES
+        pages, kept = pages_given()
+        assert kept
+        assert pages < PAGES
 
     def test_the_user_decides(self):
-        assert pages_given(MALLOC_MMAP_THRESHOLD_="131072") > 15 * PAGES
+        pages, kept = pages_given(MALLOC_MMAP_THRESHOLD_="131072")
+        assert not kept
+        assert pages > 15 * PAGES
 
 
 @pytest.mark.parametrize("command", ["fit", "evaluate", "analyze"])

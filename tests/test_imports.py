@@ -15,7 +15,7 @@ PACKAGE = "dyn_lightning"
 # A module imports from its own line and those above it. `callbacks` is the folder /callbacks.
 ORDER = [
     {"per_sample", "protocols"},
-    {"checks", "conv2d"},
+    {"allocator", "checks", "conv2d"},
     {"functional"},
     {"routing"},
     {"layers"},
@@ -24,7 +24,7 @@ ORDER = [
     {"callbacks", "data", "record"},
     {"classifier"},
     {"ablation"},
-    {"allocator", "errors", "cli", "page", "fit", "analyze", "evaluate", "ablate", "export"},
+    {"errors", "cli", "page", "fit", "analyze", "evaluate", "ablate", "export"},
 ]
 TRAINING = ("lightning", "pytorch_lightning", "tensorboard", "torchmetrics")
 FIRST_THAT_TRAINS = 7

@@ -6,7 +6,7 @@ import os
 from torch import Tensor
 
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.chunked import CACHED_BYTES, chunked
+from dyn_lightning.per_sample.chunked import CACHED_BYTES, chunked, chunked_rows
 from dyn_lightning.per_sample.methods import Geometry, Method, grouped, matmul, mixture
 
 
@@ -43,5 +43,10 @@ def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case)
     """Compute by a method; chunks get the bytes that they may take."""
     if method != "chunked":
         return METHODS[method](input, routing, weight, case.geometry)
-    limit = min(CACHED_BYTES, case.allowed()) if case.device == "cpu" else case.allowed()
+    allowed = case.allowed()
+    unfolded_bytes = case.held_unfolded() * case.bytes_each
+    if case.unfolds() and case.input[0] > 1 and 2 * unfolded_bytes <= allowed:
+        limit = min(CACHED_BYTES, allowed - unfolded_bytes) if case.device == "cpu" else allowed - unfolded_bytes
+        return chunked_rows(input, routing, weight, case.geometry, limit)
+    limit = min(CACHED_BYTES, allowed) if case.device == "cpu" else allowed
     return chunked(input, routing, weight, case.geometry, limit)

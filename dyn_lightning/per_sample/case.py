@@ -16,6 +16,9 @@ from dyn_lightning.per_sample.methods import (
 from dyn_lightning.per_sample.reduction import Plan
 from dyn_lightning.per_sample.tracing import in_traced_export
 
+# Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve:
+# this many, or this part of the output channels.
+SMALL_MAP, SMALL_PART = 16, 1 / 4
 # Bytes that a layer may hold beside its input, kernels and output, with their gradients, where its method is chosen.
 MAX_MIXED_BYTES = 256 << 20
 
@@ -32,6 +35,7 @@ class Case(NamedTuple):
     dense: bool  # whether the input is contiguous or channels_last
     training: bool
     max_mixed_bytes: int
+    keeps_memory: bool  # whether memory that is freed stays with the process
 
     def allowed(self) -> int:
         """Bytes that may be held in the forward pass: half in training, since the gradients take as much again."""
@@ -44,6 +48,11 @@ class Case(NamedTuple):
     def is_depthwise(self) -> bool:
         """Whether each group has one input channel."""
         return is_depthwise(self.weight, self.geometry)
+
+    def unfolds(self) -> bool:
+        """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""
+        least = max(SMALL_MAP, SMALL_PART * self.weight[1])
+        return self.geometry.groups == 1 and not self.is_product() and self.positions() <= least
 
     def convolves_one_by_one(self) -> bool:
         """Whether chunks on a CPU convolve sample by sample, to keep the layout."""
@@ -71,11 +80,15 @@ class Case(NamedTuple):
             return 0 if self.dense else math.prod(self.input)
         return self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions()
 
+    def held_unfolded(self) -> int:
+        """Numbers that the unfolded input takes, and for a while its unfolding."""
+        return self.patches() if self.is_product() else self.patches() + math.prod(self.input)
+
     def held(self) -> dict[str, int]:
         """Numbers that each method of torch's own operations holds at once, beside input, kernels and output."""
         pixels, outputs, mixed = math.prod(self.input), self.outputs(), self.mixed_weights()
         copied = 0 if self.dense else pixels  # by whatever wants a layout
-        unfolded = self.patches() if self.is_product() else self.patches() + pixels  # which unfolding takes for a while
+        unfolded = self.held_unfolded()
         mixture = self.weight[0] * outputs
         if mixes_rows(self.weight, self.geometry, self.positions()):
             mixture += pixels if self.is_product() else 2 * self.patches() + pixels
@@ -90,7 +103,13 @@ class Case(NamedTuple):
 
 
 def case_of(
-    plan: Plan, layout: str, bytes_each: int, device: str, training: bool = True, max_mixed_bytes: int = MAX_MIXED_BYTES
+    plan: Plan,
+    layout: str,
+    bytes_each: int,
+    device: str,
+    training: bool = True,
+    max_mixed_bytes: int = MAX_MIXED_BYTES,
+    keeps_memory: bool = False,
 ) -> Case:
     """Say all that the choice of a method depends on, of a convolution brought to the least that is to be computed."""
     # Padded, a map is dense; without the pixels that no kernel sees, only where it is copied to be channels_last.
@@ -99,7 +118,8 @@ def case_of(
     if in_traced_export():
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
-    return Case(images, kernels, plan.geometry, bytes_each, device, last, dense, training, max_mixed_bytes)
+    rest = (bytes_each, device, last, dense, training, max_mixed_bytes, keeps_memory)
+    return Case(images, kernels, plan.geometry, *rest)
 
 
 def _hints(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,13 +14,13 @@ KEPT_BYTES = 32 << 20
 # In a product both write the maps where they belong, and the mixed kernels alone count: chunks are faster from so many
 # bytes of these on. With a backward pass they mix twice, K multiply-adds a weight: from so many bytes times K on.
 MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 6 << 20
-# Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve.
-SMALL_MAP = 16
 # From so many bytes on, one image's mixed kernel and its copy in the layout of a convolution's library are given back
 # to the system after each layer and fetched again page by page for the next; parts of them are kept.
 LARGE_KERNEL_BYTES = 4 << 20
-# Numbers of one sample's unfolded input up to which its product takes less time than to begin a convolution.
-FEW_PATCHES = 100_000
+# Numbers of one image's unfolded input up to which a depthwise convolution takes longer to begin than its product.
+FEW_PATCHES = 60_000
+# From so many weights on, to mix those of one image takes longer than to use all K at a single position.
+MANY_WEIGHTS = 2_000_000
 
 
 class Costs(NamedTuple):
@@ -76,9 +76,10 @@ def choose(case: Case) -> str:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
     first = first if first in within else "chunked"
-    # One sample always has its kernels mixed: that is the papers' cost, K times fewer multiply-adds.
-    if case.input[0] == 1 or case.is_depthwise() or "mixture" not in within:
+    if case.is_depthwise() or "mixture" not in within:
         return first
+    if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
+        return "mixture" if case.positions() == 1 and math.prod(case.weight) >= MANY_WEIGHTS else first
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
     return "mixture" if costs[case.is_product(), case.training].prefer_mixture(case) else first
 
@@ -86,18 +87,19 @@ def choose(case: Case) -> str:
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        if case.is_product() or case.patches() <= FEW_PATCHES:
+        if case.is_product() or (case.is_depthwise() and case.patches() <= FEW_PATCHES):
             return "matmul"
         return "chunked" if mixes_in_parts(case) else "grouped"
     if case.device == "cpu" and (case.convolves_one_by_one() or chunks_are_faster(case)):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones
-    small = case.geometry.groups == 1 and case.positions() <= SMALL_MAP
-    return "matmul" if case.is_product() or one_weight or small else "grouped"
+    return "matmul" if case.is_product() or one_weight or case.unfolds() else "grouped"
 
 
 def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
+    if case.keeps_memory:
+        return False  # chunks save fetching memory from the system, and mix a second time
     mixed = case.mixed_weights() * case.bytes_each
     if case.is_product():
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
@@ -108,7 +110,8 @@ def chunks_are_faster(case: Case) -> bool:
 def mixes_in_parts(case: Case) -> bool:
     """Tell whether one image's kernel is mixed part by part; an exported network does without an operation of ours."""
     large = case.geometry.groups == 1 and case.mixed_weights() * case.bytes_each >= LARGE_KERNEL_BYTES
-    return large and case.device == "cpu" and not case.training and not in_traced_export()
+    fetched = case.device == "cpu" and not case.keeps_memory
+    return large and fetched and not case.training and not in_traced_export()
 
 
 def methods_within(case: Case) -> list[str]:

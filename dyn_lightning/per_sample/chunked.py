@@ -23,13 +23,14 @@ from dyn_lightning.per_sample.methods import (
     is_channels_last,
     multiplies,
     positions,
+    unfolded,
 )
 from dyn_lightning.per_sample.operation import operation
 
 # Output channels are divided until so many samples' kernels fit into the limit (or twice those that there are), since
 # each chunk reads all K kernels of its channels; convolutions of fewer channels than the least would not fill the
 # processor.
-WANTED_SAMPLES, LEAST_CHANNELS = 16, 64
+WANTED_SAMPLES, LEAST_CHANNELS, LEAST_OF_PRODUCTS = 16, 64, 32
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
 
@@ -47,16 +48,25 @@ def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, 
     return _convolve(input, routing, weight, geometry, limit)
 
 
+def chunked_rows(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
+    """Compute the same as products with the input, which is unfolded once, as a whole."""
+    patches = unfolded(input, weight.shape[3:], geometry)[..., None]
+    matrices = weight.flatten(2)[..., None, None]
+    output = _convolve(patches, routing, matrices, Geometry((1, 1), (0, 0), (1, 1), 1), limit)
+    return output.view(*output.shape[:2], *positions(input.shape, weight.shape, geometry))
+
+
 def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> tuple[int, int]:
     """Give how many samples at most, and how many output channels, have their kernels mixed at a time."""
     rows, columns = positions(input.shape, weight.shape, geometry)
     kernel, place = weight[0, 0].numel() * weight.element_size(), rows * columns * input.element_size()
     pixels = input.shape[1:].numel() * input.element_size()
-    if multiplies(weight.shape, geometry):  # a product writes its map where it belongs, and reads one that is dense
+    is_product = multiplies(weight.shape, geometry)
+    if is_product:  # a product writes its map where it belongs, and reads one that is dense
         place = 0
         pixels = 0 if input.is_contiguous() or is_channels_last(input) else pixels
     channels, wanted = weight.shape[1], min(WANTED_SAMPLES, 2 * len(input))  # two: half is left for the maps
-    while geometry.groups == 1 and channels > LEAST_CHANNELS:
+    while geometry.groups == 1 and channels > (LEAST_OF_PRODUCTS if is_product else LEAST_CHANNELS):
         if max(wanted * channels * kernel, channels * (kernel + place) + pixels) <= limit:
             break
         channels = -(-channels // 2)

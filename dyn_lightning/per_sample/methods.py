@@ -98,14 +98,17 @@ def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
 
 def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and multiply them with the unfolded input."""
-    if multiplies(weight.shape, geometry) and is_channels_last(input):
+    if not multiplies(weight.shape, geometry):
+        return multiply_each(input, mix_kernels(routing, weight), geometry)
+    if is_channels_last(input):
         # The gradients of mixed kernels that are transposed afterwards would be copied.
         if torch.is_grad_enabled() and (routing.requires_grad or weight.requires_grad):
             kernels = mix_kernels(routing, weight.flatten(2).mT)
         else:
             kernels = mix_kernels(routing, weight).flatten(2).mT
         return torch.bmm(input.flatten(2).mT, kernels).mT.unflatten(2, input.shape[2:])
-    return multiply_each(input, mix_kernels(routing, weight), geometry)
+    kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[1:3])
+    return torch.bmm(kernels, input.flatten(2)).view(*kernels.shape[:2], *input.shape[2:])
 
 
 def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

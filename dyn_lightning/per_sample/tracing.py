@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def remembered(function: Function) -> Function:
     """Let a function give again what it gave before; compilers and tracers always call it, open sizes have no hash."""
-    cached = functools.lru_cache(maxsize=4096)(function)
+    cached = functools.lru_cache(maxsize=4096, typed=True)(function)  # 1.0 and True equal 1
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
@@ -21,7 +22,9 @@ PADDED: dict[str, Any] = {"padding": 1}
         ((1, 960, 1, 1), (4, 160, 960, 1, 1), {}, "matmul"),
         ((1, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((1, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "grouped"),
-        ((1, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "matmul"),
+        ((1, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "grouped"),
+        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "mixture"),
+        ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "mixture"),
         ((1, 96, 8, 8), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "matmul"),
         ((1, 96, 14, 14), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "grouped"),
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
@@ -63,6 +66,25 @@ def test_channels_last_may_choose_otherwise(
     x, kernels = torch.empty(input), torch.empty(weight)
     layouts = x, x.contiguous(memory_format=torch.channels_last)
     assert [choose_method(laid_out, kernels, **geometry) for laid_out in layouts] == [contiguous, channels_last]
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "geometry", "by_glibc", "kept"),
+    [
+        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "chunked", "grouped"),
+        ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "chunked", "grouped"),
+        ((32, 256, 14, 14), (4, 1024, 256, 1, 1), {}, "chunked", "matmul"),
+        ((1, 256, 14, 14), (4, 512, 256, 3, 3), PADDED, "chunked", "grouped"),
+        ((32, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "chunked", "chunked"),  # more than max_mixed_bytes
+    ],
+)
+def test_chunks_are_for_memory_that_is_fetched_anew(
+    input: tuple, weight: tuple, geometry: dict[str, Any], by_glibc: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = torch.empty(input), torch.empty(weight)
+    for keeps, method in ((False, by_glibc), (True, kept)):
+        monkeypatch.setattr(allocator, "_kept", keeps)
+        assert choose_method(*tensors, **geometry, training=input[0] > 1) == method
 
 
 def test_evaluation_may_choose_otherwise() -> None:
@@ -133,6 +155,8 @@ class TestMemory:
             ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, True, 10**6),
             ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, True, 1_100_000),
             ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, True, 4 * 10**6),
+            ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, True, 12 * 10**6),  # room for the unfolded input
+            ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, False, 6 * 10**6),
             ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, False, 10**6),
             ((16, 32, 14, 14), (4, 32, 32, 3, 3), PADDED, True, 700_000),
             ((8, 64, 32, 32), (4, 8, 64, 1, 1), {"stride": 2}, False, 200_000),  # rows that have to be copied
@@ -173,8 +197,8 @@ class TestMemory:
         assert self.beyond(input, weight, geometry, training, **options) <= max(limit, last)
 
     def test_kernels_and_unfolded_input_count_together(self) -> None:
-        tensors = torch.empty(1, 64, 12, 12), torch.empty(4, 64, 64, 3, 3)
-        needed = 4 * (64 * 64 * 9 + 64 * 9 * 12 * 12 + 64 * 12 * 12)
+        tensors = torch.empty(2, 64, 4, 4), torch.empty(16, 64, 64, 3, 3)
+        needed = 4 * 2 * (64 * 64 * 9 + 64 * 9 * 4 * 4 + 64 * 4 * 4)
         for limit, method in ((needed, "matmul"), (needed - 1, "chunked")):
             assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=limit) == method
 
@@ -187,6 +211,6 @@ class TestMemory:
             assert choose_method(copied, weight, **PADDED, **limits) == "chunked"
 
     def test_unfolded_input_counts(self) -> None:
-        tensors = torch.empty(1, 512, 4, 4), torch.empty(4, 1, 512, 3, 3)
+        tensors = torch.empty(2, 512, 4, 4), torch.empty(16, 1, 512, 3, 3)
         assert choose_method(*tensors, **PADDED, training=False) == "matmul"
         assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=20_000) == "chunked"

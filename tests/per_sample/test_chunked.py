@@ -7,8 +7,9 @@ from torch import Tensor
 
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample import by_name, case
 from dyn_lightning.per_sample import chunked as module
-from dyn_lightning.per_sample.chunked import chunk_size, chunked
+from dyn_lightning.per_sample.chunked import chunk_size, chunked, chunked_rows
 from dyn_lightning.per_sample.methods import Geometry
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw
@@ -19,6 +20,7 @@ from tests.tolerances import assert_close
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let channels be divided that are as few as the tests'."""
     monkeypatch.setattr(module, "LEAST_CHANNELS", 2)
+    monkeypatch.setattr(module, "LEAST_OF_PRODUCTS", 2)
     monkeypatch.setattr(module, "WANTED_SAMPLES", 2)
 
 
@@ -37,6 +39,37 @@ class TestChunked:
         tensors = draw(5, kernel_size=kernel_size, groups=groups)
         geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         assert_equals_the_loop(tensors, "chunked", max_mixed_bytes=limit, **geometry)
+
+    @pytest.mark.parametrize("limit", [1, 6000, 1 << 20])
+    @pytest.mark.parametrize(("stride", "padding", "dilation"), GEOMETRIES)
+    def test_with_the_input_unfolded_it_equals_a_loop(
+        self, stride: Any, padding: Any, dilation: Any, limit: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        calls = []
+
+        def rows(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, _: int) -> Tensor:
+            calls.append(geometry)
+            return chunked_rows(input, routing, weight, geometry, limit)
+
+        monkeypatch.setattr(by_name, "chunked_rows", rows)
+        monkeypatch.setattr(case, "SMALL_MAP", 100)
+        assert_equals_the_loop(draw(5), "chunked", **geometry)
+        assert calls
+
+    def test_the_input_is_unfolded_where_there_is_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tensors = [
+            tensor.requires_grad_()
+            for tensor in (torch.randn(4, 8, 4, 4), torch.rand(4, 2), torch.randn(2, 8, 8, 3, 3))
+        ]
+        needed = 2 * 2 * 4 * (4 * 8 * 9 * 16 + 4 * 8 * 16)  # with its gradient, and as much for chunks
+        rooms = []
+        for name in ("chunked", "chunked_rows"):
+            plain = getattr(by_name, name)
+            monkeypatch.setattr(by_name, name, lambda *args, name=name, plain=plain: rooms.append(name) or plain(*args))
+        for limit in (needed, needed - 1):
+            dynamic_conv2d(*tensors, padding=1, method="chunked", max_mixed_bytes=limit)
+        assert rooms == ["chunked_rows", "chunked"]
 
     def test_samples_and_channels_are_divided(self) -> None:
         input, _, weight, _ = draw(5)

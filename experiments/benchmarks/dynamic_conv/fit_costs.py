@@ -49,7 +49,8 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
         weight = (measured["kernels"], out_channels, in_channels // groups, size, size)
         layout = "channels_last" if measured["channels_last"] else "contiguous"
         plan = plan_of(images, weight, (stride, stride), (padding, padding), (1, 1), groups)
-        found.append((case_of(plan, layout, 4, "cpu", result["training"]), result))
+        kept = measured.get("keeps_freed_memory", False)  # older files have it not
+        found.append((case_of(plan, layout, 4, "cpu", result["training"], keeps_memory=kept), result))
     return found
 
 
