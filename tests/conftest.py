@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyn_lightning import allocator
 from tests.command_line import SMALL, fit, in_this_process, write_config
 
 # Triton asks for it when it is first imported: where there is no GPU, its kernels are tested in its interpreter.
@@ -18,6 +19,12 @@ pytest.register_assert_rewrite("tests.contract")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_process_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that a test calls in this process keep freed memory, on which the choice of a method depends."""
+    monkeypatch.setattr(allocator, "_kept", False)
 
 
 @pytest.fixture(scope="session")

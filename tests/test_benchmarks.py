@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, mixed_first
+from dyn_lightning.per_sample.choice import FETCHED_COSTS, KEPT_COSTS, Costs, mixed_first
 from dyn_lightning.per_sample.methods import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes
 from experiments.benchmarks.dynamic_conv.__main__ import main
@@ -76,15 +76,15 @@ def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_lines_are_the_costs_that_made_the_times() -> None:
-    costs = Costs((5000, 300, 40), (30, 2000, 900))
+    costs = Costs((5000, 300, 40, 2e8), (30, 2000, 900, 5e8))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
     for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
         case = Case(*shapes, geometry, 4, "cpu", False, True, True, 2**28, True)
         weights, kept = 32 * 9 * channels**2, pixels**2  # padded by one, the map keeps its size
-        mixing = 5000 * weights + 300 * kernels * weights + 40 * kept * weights
-        mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept)
+        mixing = 5000 * weights + 300 * kernels * weights + 40 * kept * weights + 2e8
+        mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept) + 5e8
         times = {"grouped": mixing * 1e-9, "mixture": mixture * 1e-9}
         results.append((case, "grouped", times))
     for found, made in zip(lines(results), costs, strict=True):
@@ -100,10 +100,12 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
     return total
 
 
-def test_the_costs_are_those_of_the_kept_runs() -> None:
-    rows = [row for name in ("layers", "layers_k16") for row in fit_costs.cases(str(RESULTS / f"{name}.json"))]
+@pytest.mark.parametrize(("folder", "table"), [(".", KEPT_COSTS), ("by_glibc", FETCHED_COSTS)])
+def test_the_costs_are_those_of_the_runs_that_are_here(folder: str, table: dict[tuple[bool, bool], Costs]) -> None:
+    files = [RESULTS / folder / f"{name}.json" for name in ("layers", "layers_k16")]
+    rows = [row for file in files for row in fit_costs.cases(str(file))]
     by_fit = by_lines = 0.0
-    for kind, costs in CPU_COSTS.items():
+    for kind, costs in table.items():
         these = [
             (case, mixed_first(case), result["milliseconds"])
             for case, result in rows

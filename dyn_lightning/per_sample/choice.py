@@ -35,14 +35,14 @@ class Costs(NamedTuple):
 
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
-    """Count weights of the B mixed kernels, what these are mixed of, and multiply-adds of the convolution."""
-    return case.mixed_weights(), case.weight[0] * case.mixed_weights(), case.multiply_adds()
+    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds of the convolution, and the call."""
+    return case.mixed_weights(), case.weight[0] * case.mixed_weights(), case.multiply_adds(), 1
 
 
 def mixture_work(case: Case) -> tuple[int, ...]:
-    """Count multiply-adds of the convolution with all K kernels, their weights, and the numbers that they give."""
+    """Count multiply-adds of the convolution with all K kernels, their weights, what they give, and the call."""
     kernels = case.weight[0]
-    return kernels * case.multiply_adds(), math.prod(case.weight), kernels * case.outputs()
+    return kernels * case.multiply_adds(), math.prod(case.weight), kernels * case.outputs(), 1
 
 
 def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
@@ -52,19 +52,26 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16.
-CPU_COSTS = {
-    (True, True): Costs((2620, 90.6, 30.4), (34.9, 1120, 5550)),
-    (True, False): Costs((699, 22.8, 11.1), (11.1, 291, 1120)),
-    (False, True): Costs((3590, 188, 32.9), (42.9, 2650, 994)),
-    (False, False): Costs((1840, 0, 8.3), (13.4, 782, 1570)),
+KEPT_COSTS = {
+    (True, True): Costs((1320, 25.4, 22.3, 209e6), (28.5, 352, 1820, 523e6)),
+    (True, False): Costs((392, 10.1, 6.8, 39.9e6), (10, 135, 398, 134e6)),
+    (False, True): Costs((800, 135, 18.6, 0), (22.8, 1100, 2500, 232e6)),
+    (False, False): Costs((261, 30.5, 5.2, 0), (5.7, 314, 545, 551e6)),
+}
+# The same where freed memory goes back to the system; its files are in the folder `by_glibc`, of another machine.
+FETCHED_COSTS = {
+    (True, True): Costs((3060, 63.7, 30.1, 131e6), (35.4, 910, 3760, 500e6)),
+    (True, False): Costs((836, 15.6, 11.2, 27.8e6), (11.8, 225, 864, 79.8e6)),
+    (False, True): Costs((3590, 188, 32.9, 0), (42.9, 2650, 994, 0)),
+    (False, False): Costs((1890, 0, 8.4, 0), (13.7, 753, 1020, 477e6)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True): Costs((7, 0, 0.015), (0.015, 7, 7)),
-    (True, False): Costs((2.4, 0, 0.005), (0.005, 2.4, 2.4)),
-    (False, True): Costs((7, 0, 0.075), (0.015, 7, 7)),
-    (False, False): Costs((2.4, 0, 0.025), (0.005, 2.4, 2.4)),
+    (True, True): Costs((7, 0, 0.015, 0), (0.015, 7, 7, 0)),
+    (True, False): Costs((2.4, 0, 0.005, 0), (0.005, 2.4, 2.4, 0)),
+    (False, True): Costs((7, 0, 0.075, 0), (0.015, 7, 7, 0)),
+    (False, False): Costs((2.4, 0, 0.025, 0), (0.005, 2.4, 2.4, 0)),
 }
 
 
@@ -79,8 +86,9 @@ def choose(case: Case) -> str:
     if case.is_depthwise() or "mixture" not in within:
         return first
     if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
-        return "mixture" if case.positions() == 1 and math.prod(case.weight) >= MANY_WEIGHTS else first
-    costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
+        many = case.keeps_memory and math.prod(case.weight) >= MANY_WEIGHTS
+        return "mixture" if many and case.positions() == 1 else first
+    costs = CUDA_COSTS if case.device != "cpu" else KEPT_COSTS if case.keeps_memory else FETCHED_COSTS
     return "mixture" if costs[case.is_product(), case.training].prefer_mixture(case) else first
 
 

@@ -62,15 +62,15 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
     kernel, place = weight[0, 0].numel() * weight.element_size(), rows * columns * input.element_size()
     pixels = input.shape[1:].numel() * input.element_size()
     is_product = multiplies(weight.shape, geometry)
-    if is_product:  # a product writes its map where it belongs, and reads one that is dense
-        place = 0
+    if is_product:  # a product reads a map that is dense, and writes one where it belongs, if it is a whole one
         pixels = 0 if input.is_contiguous() or is_channels_last(input) else pixels
+    copied = 0 if is_product else place
     channels, wanted = weight.shape[1], min(WANTED_SAMPLES, 2 * len(input))  # two: half is left for the maps
     while geometry.groups == 1 and channels > (LEAST_OF_PRODUCTS if is_product else LEAST_CHANNELS):
-        if max(wanted * channels * kernel, channels * (kernel + place) + pixels) <= limit:
+        if max(wanted * channels * kernel, channels * (kernel + copied) + pixels) <= limit:
             break
-        channels = -(-channels // 2)
-    return max(1, limit // (channels * (kernel + place) + pixels)), channels
+        channels, copied = -(-channels // 2), place
+    return max(1, limit // (channels * (kernel + copied) + pixels)), channels
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
@@ -149,7 +149,7 @@ def _chunks(input: Tensor, weight: Tensor, samples: int, channels: int) -> Itera
 
 
 def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
-    torch.bmm(kernels.flatten(2), input.flatten(2), out=output.view(*output.shape[:2], -1))
+    _multiply_into(output.view(*output.shape[:2], -1), kernels.flatten(2), input.flatten(2))
 
 
 def _convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
@@ -163,12 +163,21 @@ def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, out
 
 def _multiply_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
     grad, input, matrices = (tensor.flatten(2) for tensor in chunk[:3])
-    total = chunk.input_grad.view(input.shape) if mask[0] else grad
-    if mask[0] and add:
-        total.baddbmm_(matrices.mT, grad)
-    elif mask[0]:
-        torch.bmm(matrices.mT, grad, out=total)
+    if mask[0]:
+        _multiply_into(chunk.input_grad.view(input.shape), matrices.mT, grad, add)
     return (grad @ input.mT).view(chunk.kernels.shape) if mask[1] else None
+
+
+def _multiply_into(total: Tensor, left: Tensor, right: Tensor, add: bool = False) -> None:
+    """Compute products into memory that lies in rows or columns; into other memory torch would do one at a time."""
+    if total.mT.is_contiguous():
+        total, left, right = total.mT, right.mT, left.mT
+    if not total.is_contiguous():
+        total.copy_(total + left @ right if add else left @ right)
+    elif add:
+        total.baddbmm_(left, right)
+    else:
+        torch.bmm(left, right, out=total)
 
 
 def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:

@@ -21,8 +21,8 @@ Pair = tuple[int, int]
 FEW_POSITIONS = 4
 # Numbers of a sample's input and output above which, in channels_last, each sample has a convolution of its own: the
 # samples as groups cannot keep that layout, since their channels would have to lie one after the other, and as groups
-# depthwise convolutions are slow besides. Measured: faster from 200,704 on, depthwise from 94,080, slower up to 18,432.
-LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 200_000, 1 << 16
+# depthwise convolutions are slow besides. Measured: faster from 401,408 on, depthwise from 94,080.
+LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 250_000, 1 << 16
 
 
 class Geometry(NamedTuple):

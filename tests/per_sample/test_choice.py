@@ -23,8 +23,6 @@ PADDED: dict[str, Any] = {"padding": 1}
         ((1, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((1, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "grouped"),
         ((1, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "grouped"),
-        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "mixture"),
-        ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "mixture"),
         ((1, 96, 8, 8), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "matmul"),
         ((1, 96, 14, 14), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "grouped"),
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
@@ -54,8 +52,9 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
     [
         ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "chunked"),
         ((32, 576, 4, 4), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped", "grouped"),
-        ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped", "chunked"),
-        ((32, 128, 28, 28), (4, 128, 4, 3, 3), {"padding": 1, "groups": 32}, "grouped", "chunked"),
+        ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped", "grouped"),
+        ((16, 128, 32, 32), (4, 128, 128, 3, 3), PADDED, "grouped", "chunked"),
+        ((16, 128, 32, 32), (4, 128, 4, 3, 3), {"padding": 1, "groups": 32}, "grouped", "chunked"),
         ((32, 64, 28, 28), (4, 64, 64, 3, 3), PADDED, "grouped", "grouped"),
         ((32, 512, 10, 10), (4, 512, 512, 1, 1), {}, "chunked", "chunked"),
     ],
@@ -75,10 +74,13 @@ def test_channels_last_may_choose_otherwise(
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "chunked", "grouped"),
         ((32, 256, 14, 14), (4, 1024, 256, 1, 1), {}, "chunked", "matmul"),
         ((1, 256, 14, 14), (4, 512, 256, 3, 3), PADDED, "chunked", "grouped"),
+        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "chunked", "mixture"),
+        ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "matmul", "mixture"),
+        ((1, 2048, 1, 1), (1, 512, 2048, 1, 1), {}, "matmul", "matmul"),
         ((32, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "chunked", "chunked"),  # more than max_mixed_bytes
     ],
 )
-def test_chunks_are_for_memory_that_is_fetched_anew(
+def test_it_matters_whether_freed_memory_is_kept(
     input: tuple, weight: tuple, geometry: dict[str, Any], by_glibc: str, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = torch.empty(input), torch.empty(weight)

@@ -64,15 +64,16 @@ def fit(results: list[Result]) -> Costs:
     mixing, last = (np.array([work(case) for case, *_ in results]) for work in (mixed_first_work, mixture_work))
     gain = np.log([times["mixture"] / times[first] for _, first, times in results])  # by mixing first
     start = np.concatenate(lines(results))
+    half = len(start) // 2
 
     def lost(shifts: np.ndarray) -> float:
         costs = start * np.exp(shifts)
-        expected = np.log(last @ costs[3:] / (mixing @ costs[:3]))
+        expected = np.log(last @ costs[half:] / (mixing @ costs[:half]))
         wrong = expit(-np.sign(gain) * expected / UNSURE)
         return float(np.mean(np.abs(gain) * wrong) + STAY * shifts @ shifts)
 
-    costs = (start * np.exp(minimize(lost, np.zeros(6), tol=1e-8).x)).tolist()
-    return Costs(tuple(costs[:3]), tuple(costs[3:]))
+    costs = (start * np.exp(minimize(lost, np.zeros(len(start)), tol=1e-8).x)).tolist()
+    return Costs(tuple(costs[:half]), tuple(costs[half:]))
 
 
 def lines(results: list[Result]) -> Costs:
