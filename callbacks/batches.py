@@ -1,7 +1,7 @@
 """Reads batches, loaders and data modules of whatever form."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,15 @@ MOST_CLASSES = 100_000  # larger numbers are not classes, but say numbers of ima
 
 def images_and_labels(batch: Any, size: int) -> tuple[Tensor | None, Tensor | None]:
     """Find the images (B, C, H, W) and their classes (B,), which are negative where nobody knows, in a batch."""
-    named = [(name, tensor) for name, tensor in _tensors(batch) if len(tensor) == size]
-    images = [each for _, each in named if each.dim() == 4 and (each.is_floating_point() or each.dtype == torch.uint8)]
-    labels = [each for each in named if each[1].dim() == 1 and _whole(each[1])]
-    first = next((place for place, (_, each) in enumerate(named) if images and each is images[0]), 0)
-    after = [id(each) for _, each in named[first:]]  # what stands before the images is rather their number
-    labels.sort(key=lambda each: (each[0].lower() not in LABELS, id(each[1]) not in after))  # stable: else the first
-    classes = labels[0][1].long() if labels else None
+    named = [(place, *each) for place, each in enumerate(_tensors(batch)) if len(each[1]) == size]
+    images = [each for each in named if each[2].dim() == 4 and _is_image(each[2])]
+    labels = [each for each in named if each[2].dim() == 1 and _whole(each[2])]
+    # Stable: else the first. What stands before the images is rather their number.
+    labels.sort(key=lambda each: (each[1].lower() not in LABELS, each[0] < (images[0][0] if images else 0)))
+    classes = labels[0][2].long() if labels else None
     if classes is not None and size and classes.max() >= MOST_CLASSES:
         classes = None
-    return (images[0] if images else None), classes
+    return (images[0][2] if images else None), classes
 
 
 def batch_size(batch: Any, weights: dict[str, Tensor]) -> int:
@@ -62,10 +61,11 @@ def not_repeated(loaders: Any, places: Tensor) -> Tensor:
 
 def class_names(trainer: Trainer) -> tuple[str, ...]:
     """Give the names of the data's classes by their numbers, or nothing; users have them in various forms."""
-    names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+    names: Any = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     if isinstance(names, Mapping) and names and all(isinstance(label, int) and label >= 0 for label in names):
         return tuple(str(names.get(label, label)) for label in range(min(MOST_CLASSES, max(names) + 1)))
-    return tuple(map(str, names)) if isinstance(names, Iterable) and not isinstance(names, (str, Mapping)) else ()
+    in_order = (isinstance(names, Sequence) and not isinstance(names, str)) or np.ndim(names) == 1
+    return tuple(map(str, names)) if in_order and not isinstance(names, Mapping) else ()
 
 
 def normalization(trainer: Trainer, channels: int) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ def normalization(trainer: Trainer, channels: int) -> tuple[Any, Any]:
     for name in ("mean", "std"):
         try:
             value = np.asarray(getattr(trainer.datamodule, name, None), dtype=float)  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             return None, None
         if value.size not in (1, channels) or not np.isfinite(value).all():  # None becomes NaN
             return None, None
@@ -93,6 +93,10 @@ def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(batch, (list, tuple)):
         for part in batch:
             yield from _tensors(part, name)
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.dtype == torch.uint8
 
 
 def _whole(tensor: Tensor) -> bool:

@@ -74,7 +74,7 @@ class ExpertExamples(RoutingObserver):
             best, rows = largest_shares(seen.weights[layer], self.images_per_expert)
             labels = torch.full_like(rows, -1) if seen.labels is None else seen.labels[rows]
             draw = partial(figures.examples, layer, seen.images[rows], best, labels, class_names(trainer))
-            log_figure(trainer, f"{self._prefix}expert_examples/{layer}", draw, step)
+            log_figure(trainer, f"{self.prefix}expert_examples/{layer}", draw, step)
 
 
 def largest_shares(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:

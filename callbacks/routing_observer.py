@@ -46,7 +46,7 @@ class RoutingObserver(Callback, ABC):
 
     Of more than ``max_images`` images, some at equal distances are taken: data that are sorted by class give images of
     every class. What is kept of an evaluation takes ``max_images (4 sum of K + 8)`` bytes, and with thumbnails
-    ``3 max_images side ** 2`` more, on all ranks together; at the end each rank has all of it, for a moment twice, and
+    ``3 max_images side ** 2`` more, on all ranks together, for moments twice; at the end each rank has all of it, and
     pictures that wait for their time hold the last evaluation.
 
     An image that a sampler gives twice to make ranks equal is counted once. Of several loaders, the first is taken. A
@@ -62,6 +62,7 @@ class RoutingObserver(Callback, ABC):
 
     Attributes:
         pictures: takes what ``finish`` wants to draw.
+        prefix: of all tags, since both splits may be watched.
 
     Raises:
         ValueError: a count below 1, an unknown split, or, when a trainer starts, a glob that matches no routed layer.
@@ -84,7 +85,7 @@ class RoutingObserver(Callback, ABC):
         self.split = split
         self.layers = layers
         self.pictures = Pictures(every_n_evaluations)
-        self._prefix = "" if split == "val" else f"{split}_"  # of all tags: both splits may be watched
+        self.prefix = "" if split == "val" else f"{split}_"
         self._side = side
         self._watching = ExitStack()
         self._told: set[str] = set()
@@ -232,7 +233,7 @@ class RoutingObserver(Callback, ABC):
         if split != self.split or trainer.sanity_checking:
             return
         self._stop()
-        parts = [_joined(self._kept)] if self._kept else []
+        parts = [_on_cpu(_joined(self._kept))] if self._kept else []
         self._kept = []
         if trainer.world_size > 1:
             everywhere: list[list[Seen]] = [[]] * trainer.world_size
@@ -250,15 +251,20 @@ class RoutingObserver(Callback, ABC):
             )
 
 
+def _on_cpu(seen: Seen) -> Seen:
+    weights = {name: weights.cpu() for name, weights in seen.weights.items()}
+    return seen._replace(weights=weights, labels=None if seen.labels is None else seen.labels.cpu())
+
+
 def _joined(parts: list[Seen]) -> Seen:
     """Put together what several batches or ranks have seen; layers that one of them lacks are left out."""
     names = [name for name in parts[0].weights if all(name in part.weights for part in parts)]
-    weights = {name: torch.cat([part.weights[name] for part in parts]).cpu() for name in names}
+    weights = {name: torch.cat([part.weights[name] for part in parts]) for name in names}
     labels = [part.labels for part in parts if part.labels is not None]
     images = [part.images for part in parts if part.images is not None]
     side = max((part.shape[-1] for part in images), default=0)  # a batch may have larger images than another
     return Seen(
         weights,
-        torch.cat(labels).cpu() if len(labels) == len(parts) else None,
+        torch.cat(labels) if len(labels) == len(parts) else None,
         torch.cat([squared(part, side) for part in images]) if images and len(images) == len(parts) else None,
     )

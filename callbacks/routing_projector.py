@@ -65,7 +65,7 @@ class RoutingProjector(RoutingObserver):
         labels = None if seen.labels is None else _metadata(seen.labels[rows].tolist(), class_names(trainer))
         images = None if seen.images is None else seen.images[rows].float() / 255
         for writer in writers(trainer):
-            writer.add_embedding(points[rows], labels, images, global_step=step, tag=f"{self._prefix}routing")
+            writer.add_embedding(points[rows], labels, images, global_step=step, tag=f"{self.prefix}routing")
 
 
 def _metadata(labels: list[int], names: Sequence[str]) -> list[str]:

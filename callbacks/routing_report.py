@@ -79,10 +79,10 @@ class RoutingReport(RoutingObserver):
             for name, weights in seen.weights.items()
         }
         images = len(next(iter(seen.weights.values())))
-        scalars = {f"{self._prefix}routing_{kind}": _by_layer(layers, kind) for kind in KINDS}
+        scalars = {f"{self.prefix}routing_{kind}": _by_layer(layers, kind) for kind in KINDS}
         means = {tag: fmean(values.values()) for tag, values in scalars.items() if values}
         # They are the same on every rank, so the mean over the ranks is the value.
-        pl_module.log_dict({f"{self._prefix}routing_images": float(images), **means}, sync_dist=True)
+        pl_module.log_dict({f"{self.prefix}routing_images": float(images), **means}, sync_dist=True)
         each = {f"{tag}/{name}": value for tag, values in scalars.items() for name, value in values.items()}
         for logger in trainer.loggers if trainer.is_global_zero else []:
             logger.log_metrics(each, step=step_of(trainer))  # by pl_module.log they would take longer than all the rest
@@ -95,7 +95,7 @@ class RoutingReport(RoutingObserver):
         self._not_finite.begin()
 
     def _draw(self, trainer: Trainer, step: int, layers: dict[str, LayerStatistics], seen: Seen) -> None:
-        names, report = list(layers), f"{self._prefix}routing_report"
+        names, report = list(layers), f"{self.prefix}routing_report"
         log_figure(trainer, f"{report}/depth", lambda: figures.depth(layers), step)
         if len(names) > 1:
             matrix = similarity(seen.weights)

@@ -28,11 +28,12 @@ def keep_freed_memory() -> None:
         return
     mallopt = ctypes.CDLL(None).mallopt
     # Both, because to set one ends glibc's own adaptation of the other.
-    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, MOST_OF_OLD_VERSIONS)
+    _kept = bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES))
+    if not _kept:
+        mallopt(M_MMAP_THRESHOLD, MOST_OF_OLD_VERSIONS)
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-    _kept = True
 
 
 def is_freed_memory_kept() -> bool:
-    """Tell whether ``keep_freed_memory`` had its effect in this process."""
+    """Tell whether ``keep_freed_memory`` had its full effect in this process."""
     return _kept

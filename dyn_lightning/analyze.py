@@ -75,12 +75,19 @@ class AnalyzeCLI(CheckpointCLI):
     def trainer_options(self, callbacks: list[Callback]) -> dict[str, Any]:
         """Load the weights, take the observers alone, and write what they say to a page."""
         self.parser.callback_keys.clear()
-        given = [callback for callback in callbacks if isinstance(callback, (*OBSERVERS, PROGRESS_BAR))]
+        split = self.config.split
+        of_split = {type(callback) for callback in callbacks if getattr(callback, "split", None) == split}
+        given = [
+            callback
+            for callback in callbacks
+            if isinstance(callback, (*OBSERVERS, PROGRESS_BAR))
+            and (getattr(callback, "split", split) == split or type(callback) not in of_split)
+        ]
         observers = [each for each in default_observers(self.model, given) if isinstance(each, OBSERVERS)]
         states = self.load_weights().get("callbacks", {})  # a checkpoint of weights alone has none
         for callback in (*given, *observers):
             if isinstance(callback, RoutingObserver):
-                callback.split = self.config.split
+                callback.split, callback.prefix = split, ""
             if isinstance(callback, GroupTracker) and callback.state_key in states:
                 callback.load_state_dict(states[callback.state_key])
         layers = [*named_routers(self.model), *(name for name, _ in named_layers(self.model, Grouped))]

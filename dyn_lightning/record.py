@@ -83,7 +83,7 @@ class RunFolder:
         """Find the best checkpoint, as the last one knows it; one of weights alone knows it where there is but one."""
         last = self.last()
         saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True) if last else {}
-        if last is None or "callbacks" not in saved:
+        if "callbacks" not in saved:
             found = list(self.checkpoints.glob("best*.ckpt"))
             return found[0] if len(found) == 1 else None
         states = saved["callbacks"]

@@ -18,9 +18,9 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 class SharedRouter(nn.Module):
     """Stands in a layer for the router of an earlier layer, and gives the weights that this one gave last.
 
-    The router itself runs, is saved and is counted once, in its own layer. Hooks of ``watch`` and ``aggregation`` find
-    it through ``source``; a forward hook of your own that changes the router's output needs ``prepend=True`` to reach
-    those who share. Activation checkpointing may recompute layers that share a router; where it could take the weights
+    The router itself runs, is saved and is counted once, in its own layer. ``aggregation`` changes the weights through
+    ``source``; a forward hook of your own that changes the router's output needs ``prepend=True`` to reach those who
+    share. Activation checkpointing may recompute layers that share a router; where it could take the weights
     of another forward pass, it is refused.
 
     Args:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyn_lightning import allocator
 from tests.command_line import SMALL, fit, in_this_process, write_config
 
 # Triton asks for it when it is first imported: where there is no GPU, its kernels are tested in its interpreter.
@@ -24,7 +23,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _as_a_process_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that a test calls in this process keep freed memory, on which the choice of a method depends."""
-    monkeypatch.setattr(allocator, "_kept", False)
+    monkeypatch.setattr("dyn_lightning.allocator._kept", False)
 
 
 @pytest.fixture(scope="session")

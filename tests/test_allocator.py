@@ -5,9 +5,11 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from dyn_lightning import allocator
 from dyn_lightning.allocator import VARIABLES
 
 # What a batch does, 25 times: maps of 8 MiB are made, and freed. Prints how many pages the system gave for the last 20.
@@ -47,6 +49,23 @@ class TestKeepFreedMemory:
         pages, kept = pages_given(MALLOC_MMAP_THRESHOLD_="131072")
         assert not kept
         assert pages > 15 * PAGES
+
+
+def test_an_old_version_that_takes_less_does_not_keep_it(monkeypatch):
+    """The maps that are larger than what it takes go back to the system."""
+    calls = []
+
+    def mallopt(parameter, value):
+        calls.append((parameter, value))
+        return int(value <= 32 << 20 or parameter != -3)
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    allocator.keep_freed_memory()
+    assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 1 << 30)]
+    assert not allocator.is_freed_memory_kept()
 
 
 @pytest.mark.parametrize("command", ["fit", "evaluate", "analyze"])

@@ -166,6 +166,23 @@ def test_a_configuration_that_tries_the_training_alone(run: Path) -> None:
     assert (run / "analysis" / "index.html").is_file()
 
 
+class TestSplit:
+    """Observers of the validation and of the test, in one configuration."""
+
+    @pytest.mark.parametrize(("split", "images"), [("val", 20), ("test", 30)])
+    def test_those_of_the_split_are_used(self, split: str, images: int, run: Path) -> None:
+        config = changed("model/backbone", "tests.nets.Both")
+        config["trainer"]["callbacks"] = [
+            {"class_path": "RoutingReport", "init_args": {"max_images": 20}},
+            {"class_path": "RoutingReport", "init_args": {"max_images": 30, "split": "test"}},
+            {"class_path": "ExpertExamples", "init_args": {"split": "test"}},
+        ]
+        path = str(write_config(Path(), config=config))
+        main(["--config", path, "--name", "both", "--split", split])
+        assert json.loads((run / "analysis" / "run.json").read_text())["metrics"]["routing_images"] == images
+        assert {path.name for path in (run / "analysis").glob("*.png")} == PICTURES
+
+
 class TestWhere:
     def test_nothing_is_overwritten(self, run: Path) -> None:
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

@@ -43,10 +43,7 @@ def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case)
     """Compute by a method; chunks get the bytes that they may take."""
     if method != "chunked":
         return METHODS[method](input, routing, weight, case.geometry)
-    allowed = case.allowed()
-    unfolded_bytes = case.held_unfolded() * case.bytes_each
-    if case.unfolds() and case.input[0] > 1 and 2 * unfolded_bytes <= allowed:
-        limit = min(CACHED_BYTES, allowed - unfolded_bytes) if case.device == "cpu" else allowed - unfolded_bytes
-        return chunked_rows(input, routing, weight, case.geometry, limit)
-    limit = min(CACHED_BYTES, allowed) if case.device == "cpu" else allowed
-    return chunked(input, routing, weight, case.geometry, limit)
+    rows = case.has_room_for_rows()
+    room = case.allowed() - (case.bytes_of_rows() if rows else 0)
+    limit = min(CACHED_BYTES, room) if case.device == "cpu" else room
+    return (chunked_rows if rows else chunked)(input, routing, weight, case.geometry, limit)

@@ -14,7 +14,7 @@ from dyn_lightning.per_sample.methods import (
     positions,
 )
 from dyn_lightning.per_sample.reduction import Plan
-from dyn_lightning.per_sample.tracing import in_traced_export
+from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
 # Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve:
 # this many, or this part of the output channels.
@@ -51,8 +51,18 @@ class Case(NamedTuple):
 
     def unfolds(self) -> bool:
         """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""
-        least = max(SMALL_MAP, SMALL_PART * self.weight[1])
-        return self.geometry.groups == 1 and not self.is_product() and self.positions() <= least
+        most = max(SMALL_MAP, SMALL_PART * self.weight[1])
+        return self.geometry.groups == 1 and not self.is_product() and self.positions() <= most
+
+    def bytes_of_rows(self) -> int:
+        """Bytes that chunks of the unfolded input hold beside the chunks: the input, and an output to be laid out."""
+        return (self.held_unfolded() + (self.outputs() if self.channels_last else 0)) * self.bytes_each
+
+    def has_room_for_rows(self) -> bool:
+        """Whether chunks are taken of the unfolded input: with as much room again for the chunks."""
+        if in_strict_export() or self.input[0] == 1:  # a comparison would close what is left open of the batch
+            return False
+        return self.unfolds() and 2 * self.bytes_of_rows() <= self.allowed()
 
     def convolves_one_by_one(self) -> bool:
         """Whether chunks on a CPU convolve sample by sample, to keep the layout."""
@@ -118,7 +128,7 @@ def case_of(
     if in_traced_export():
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
-    rest = (bytes_each, device, last, dense, training, max_mixed_bytes, keeps_memory)
+    rest = (bytes_each, device, last, dense, training, max_mixed_bytes, device == "cpu" and keeps_memory)
     return Case(images, kernels, plan.geometry, *rest)
 
 

@@ -8,9 +8,9 @@ from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
-# The largest tensor that memory allocators keep for the next call: a larger one is fetched from the system, page by
-# page, each time. From about there on chunks are faster.
-KEPT_BYTES = 32 << 20
+# Where freed memory is not kept, a larger tensor than this is fetched from the system, page by page, each time. From
+# about there on chunks are faster.
+FETCHED_BYTES = 32 << 20
 # In a product both write the maps where they belong, and the mixed kernels alone count: chunks are faster from so many
 # bytes of these on. With a backward pass they mix twice, K multiply-adds a weight: from so many bytes times K on.
 MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 6 << 20
@@ -76,7 +76,9 @@ CUDA_COSTS = {
 
 
 def choose(case: Case) -> str:
-    """Name the method with the least cost, from shapes, type and kind of device alone: all DDP ranks take the same."""
+    """Name the method with the least cost, from shapes, type, kind of device and whether the process keeps freed memory
+    alone: all DDP ranks take the same.
+    """
     if in_strict_export():  # a comparison would close what is left open of the batch
         return "matmul" if case.is_product() else "grouped"
     if case.input[0] == 0:
@@ -86,8 +88,8 @@ def choose(case: Case) -> str:
     if case.is_depthwise() or "mixture" not in within:
         return first
     if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
-        many = case.keeps_memory and math.prod(case.weight) >= MANY_WEIGHTS
-        return "mixture" if many and case.positions() == 1 else first
+        many = case.keeps_memory and not case.training and math.prod(case.weight) >= MANY_WEIGHTS
+        return "mixture" if many and case.geometry.groups == 1 == case.positions() else first
     costs = CUDA_COSTS if case.device != "cpu" else KEPT_COSTS if case.keeps_memory else FETCHED_COSTS
     return "mixture" if costs[case.is_product(), case.training].prefer_mixture(case) else first
 
@@ -112,7 +114,7 @@ def chunks_are_faster(case: Case) -> bool:
     if case.is_product():
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
     maps = (math.prod(case.input) * case.bytes_each, case.outputs() * case.bytes_each)
-    return max(mixed, sum(maps) if case.training else max(maps)) >= KEPT_BYTES
+    return max(mixed, sum(maps) if case.training else max(maps)) >= FETCHED_BYTES
 
 
 def mixes_in_parts(case: Case) -> bool:

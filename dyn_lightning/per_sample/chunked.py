@@ -28,8 +28,8 @@ from dyn_lightning.per_sample.methods import (
 from dyn_lightning.per_sample.operation import operation
 
 # Output channels are divided until so many samples' kernels fit into the limit (or twice those that there are), since
-# each chunk reads all K kernels of its channels; convolutions of fewer channels than the least would not fill the
-# processor.
+# each chunk reads all K kernels of its channels; convolutions, and products, of fewer channels than the least would not
+# fill the processor.
 WANTED_SAMPLES, LEAST_CHANNELS, LEAST_OF_PRODUCTS = 16, 64, 32
 # On a CPU a chunk's kernels, input and output should stay in the cache.
 CACHED_BYTES = 8 << 20
@@ -172,12 +172,12 @@ def _multiply_into(total: Tensor, left: Tensor, right: Tensor, add: bool = False
     """Compute products into memory that lies in rows or columns; into other memory torch would do one at a time."""
     if total.mT.is_contiguous():
         total, left, right = total.mT, right.mT, left.mT
-    if not total.is_contiguous():
-        total.copy_(total + left @ right if add else left @ right)
-    elif add:
+    if add:  # to whole maps
         total.baddbmm_(left, right)
-    else:
+    elif total.is_contiguous():
         torch.bmm(left, right, out=total)
+    else:
+        total.copy_(left @ right)
 
 
 def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:

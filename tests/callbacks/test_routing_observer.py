@@ -339,7 +339,8 @@ def test_labels_and_sizes_are_found(form: Form, tmp_path: Path) -> None:
     [
         (np.array(["cat", "dog"]), ("cat", "dog")),
         ({0: "cat", 2: "dog"}, ("cat", "1", "dog")),
-        (iter(["cat", "dog"]), ("cat", "dog")),
+        (iter(["cat", "dog"]), ()),  # could be read once
+        (np.array("cat"), ()),
         ((), ()),
         (None, ()),
         (lambda: ["cat"], ()),
@@ -366,6 +367,7 @@ def test_names_of_classes(names: Any, expected: tuple[str, ...]) -> None:
         ([0.5, 0.5], 1, (None, None)),
         (float("nan"), 1, (None, None)),
         (lambda: 0.5, 1, (None, None)),
+        (torch.ones(1, requires_grad=True), 1, (None, None)),
     ],
     ids=repr,
 )

@@ -89,6 +89,21 @@ def test_it_matters_whether_freed_memory_is_kept(
         assert choose_method(*tensors, **geometry, training=input[0] > 1) == method
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_on_a_gpu_it_does_not_matter(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_kept", keeps)
+    with torch.device("meta"):
+        tensors = torch.empty(1, 2048, 1, 1), torch.empty(4, 512, 2048, 1, 1)
+    assert choose_method(*tensors, training=False) == "matmul"
+
+
+def test_the_weights_of_one_image_are_mixed_in_groups_and_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_kept", True)
+    image, weight = torch.empty(1, 2048, 1, 1), torch.empty(4, 512, 2048, 1, 1)
+    assert choose_method(image, weight, training=True) == "matmul"
+    assert choose_method(image, torch.empty(4, 4096, 512, 1, 1), groups=4, training=False) == "grouped"
+
+
 def test_evaluation_may_choose_otherwise() -> None:
     tensors = torch.empty(32, 160, 7, 7), torch.empty(4, 960, 160, 1, 1)
     assert [choose_method(*tensors, training=training) for training in (True, False)] == ["matmul", "chunked"]

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from dyn_lightning.per_sample.methods import Geometry
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw
 from tests.tolerances import assert_close
+
+METHODS = ("chunked", "grouped")
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +73,42 @@ class TestChunked:
         for limit in (needed, needed - 1):
             dynamic_conv2d(*tensors, padding=1, method="chunked", max_mixed_bytes=limit)
         assert rooms == ["chunked_rows", "chunked"]
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("how", ["compiled", "compiled for open sizes", "bfloat16", "second derivatives", "vmap"])
+    def test_with_the_input_unfolded_it_works(self, how: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        dtype = torch.float32 if how == "bfloat16" else torch.float64
+        x, routing, weight = torch.randn(5, 4, 4, 3), torch.rand(5, 3), torch.randn(3, 6, 4, 3, 3)
+        x, routing, weight = (tensor.to(dtype).requires_grad_() for tensor in (x, routing, weight))
+        if last:
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        taken, rows = [], chunked_rows
+        monkeypatch.setattr(by_name, "chunked_rows", lambda *args: taken.append(True) or rows(*args))
+
+        def convolve(method: str, *tensors: Tensor) -> Tensor:
+            return dynamic_conv2d(*tensors, padding=1, method=method)
+
+        tensors = (x, routing, weight)
+        if how == "second derivatives":
+            assert torch.autograd.gradgradcheck(partial(convolve, "chunked"), tensors)
+        elif how == "vmap":
+            found = [torch.func.vmap(partial(convolve, method))(*(t[None] for t in tensors)) for method in METHODS]
+            assert_close(*found)
+        else:
+            chunks = partial(convolve, "chunked")
+            if how != "bfloat16":
+                monkeypatch.setattr(by_name, "chunked_rows", rows)  # a compiler looks into it
+                torch.compiler.reset()
+                chunks = torch.compile(chunks, fullgraph=True, dynamic=how.endswith("sizes"), backend="aot_eager")
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
+                found = [chunks(*tensors), convolve("grouped", *tensors)]
+            assert found[0].is_contiguous(memory_format=torch.channels_last) == last
+            assert_close(*found)
+            cotangent = 0.3 * torch.randn_like(found[0])
+            for pair in zip(*(torch.autograd.grad(y, tensors, cotangent) for y in found), strict=True):
+                assert_close(*pair, dtype=found[0].dtype)
+            taken.append(how != "bfloat16")
+        assert taken
 
     def test_samples_and_channels_are_divided(self) -> None:
         input, _, weight, _ = draw(5)

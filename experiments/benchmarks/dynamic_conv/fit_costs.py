@@ -87,15 +87,20 @@ def lines(results: list[Result]) -> Costs:
     return Costs(*numbers)
 
 
+def kind_of(case: Case) -> tuple[bool, bool, bool]:
+    """Say which of the tables a case is for, and its key there: product, training."""
+    return case.keeps_memory, case.is_product(), case.training
+
+
 def main(paths: list[str]) -> None:
     """Print the fitted numbers, the choices by them that would not be best, and how good those of ``choice.py`` are."""
     measured = {path: cases(path) for path in paths}
     results = [(case, mixed_first(case), result["milliseconds"]) for rows in measured.values() for case, result in rows]
     results = [row for row in results if is_open(row[0])]
-    for kind in sorted({(case.is_product(), case.training) for case, *_ in results}, reverse=True):
-        these = [row for row in results if (row[0].is_product(), row[0].training) == kind]
+    for kind in sorted({kind_of(case) for case, *_ in results}, reverse=True):
+        these = [row for row in results if kind_of(row[0]) == kind]
         costs = fit(these)
-        rounded = ", ".join(f"({', '.join(f'{number:.1f}' for number in numbers)})" for numbers in costs)
+        rounded = ", ".join(f"({', '.join(f'{number:.3g}' for number in numbers)})" for numbers in costs)
         print(f"{kind}: Costs({rounded}),  # {len(these)} cases, but for")
         for case, first, times in these:
             chosen = "mixture" if costs.prefer_mixture(case) else first
