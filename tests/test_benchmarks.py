@@ -209,13 +209,13 @@ def test_runs_of_the_same_cases_are_also_taken_together() -> None:
 
 
 def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("layers", "layers_k16", "layers_again", "layers_k16_again")
-    fit_costs.main([str(RESULTS / f"{name}.json") for name in names])
+    files = {4: RESULTS / "layers_again.json", 16: RESULTS / "layers_k16.json"}
+    fit_costs.main([str(path) for path in files.values()])
     said = capsys.readouterr().out.splitlines()
     log = (ROOT / "experiments/LOG.md").read_text()
-    for kernels in (4, 16):
+    for kernels, path in files.items():
         for job in layers.JOBS:
-            start = f"K = {kernels}, 2 runs together, {job}, "
+            start = f"{path}, {job}, "
             (line,) = (one for one in said if one.startswith(start))
             found = re.search(r"on (.*)% of .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)
             assert found is not None
