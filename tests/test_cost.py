@@ -89,7 +89,9 @@ class TestMethods:
         assert found["features.1.conv.0.0"] == "chunked"  # depthwise, 112 x 112
         assert found["features.2.conv.0.0"] == "matmul"
         assert set(methods(model, (3, 224, 224), batch_size=1, training=False).values()) == {"grouped", "matmul"}
-        assert set(methods(model, (3, 32, 32), batch_size=1, training=False).values()) == {"matmul"}
+        small = methods(model, (3, 32, 32), batch_size=1, training=False)
+        assert small["features.1.conv.0.0"] == "grouped"  # depthwise, 16 x 16
+        assert {method for name, method in small.items() if name.startswith("features.17.")} == {"matmul"}
         assert model.training
         assert all(buffer.isfinite().all() for buffer in model.buffers())
 

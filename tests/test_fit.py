@@ -214,6 +214,7 @@ class TestDistributed:
         config = copy.deepcopy(SMALL)
         config["trainer"]["callbacks"] += [{"class_path": "RoutingHistogram", "init_args": {"every_n_steps": 5}}]
         config["data"]["class_path"] = "tests.test_fit.OddDigits"
+        config["model"]["backbone"] = "tests.nets.Both"  # has groups to follow too
         arguments = ["--config", str(write_config(folder, config=config)), "--trainer.max_epochs", "2"]
         succeeds(folder, *arguments, "--name", "one")
         two = ["--name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "32"]
@@ -250,11 +251,22 @@ class TestDistributed:
         for tag, values in one.items():
             assert two[tag] == pytest.approx(values, abs=1e-3), tag
 
+    def test_groups_are_followed_once(self, runs: Path) -> None:
+        for tag in (
+            "groups/backbone.conv3",
+            "group_flips/backbone.conv3",
+            "groups_connected",
+            "gates/backbone.conv3/0",
+        ):
+            one, two = (events(runs / name / "version_0").Scalars(tag) for name in ("one", "two"))
+            assert [event.step for event in two] == [event.step for event in one] == [18, 37]
+            assert [event.value for event in two] == pytest.approx([event.value for event in one], abs=1e-4)
+
     def test_pictures_are_written_once(self, runs: Path) -> None:
         one, two = (EventAccumulator(str(runs / name / "version_0")).Reload() for name in ("one", "two"))
         tags = one.Tags()["images"]
         assert two.Tags()["images"] == tags
-        assert {"routing_report/classes", "expert_examples/backbone.conv2"} <= set(tags)
+        assert {"routing_report/classes", "expert_examples/backbone.conv2", "group_counts"} <= set(tags)
         assert [[event.step for event in two.Images(tag)] for tag in tags] == [[37]] * len(tags)
         assert len(list((runs / "two" / "version_0").glob("*/routing/tensors.tsv"))) == 1
 
