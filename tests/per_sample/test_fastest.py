@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,8 +97,18 @@ class TestBenchmark:
         input, routing, weight, _ = draw()
         with torch.inference_mode():
             features = input * 2
-        y = dynamic_conv2d(features, routing, weight.detach(), method="benchmark")
-        assert torch.autograd.grad(y.sum(), routing)[0].shape == routing.shape
+        y = dynamic_conv2d(features, routing.detach(), weight.detach(), method="benchmark")
+        assert_close(y, dynamic_conv2d(input, routing, weight, method="grouped").mul(2).detach())
+
+    def test_features_of_inference_mode_are_timed_to_train_the_routing(self) -> None:
+        # The mixture alone keeps no features for the gradient. The others fail where they run, as a convolution does
+        # whose weight is trained on such features: timing them does not.
+        input, routing, weight, _ = draw()
+        with torch.inference_mode():
+            features = input * 2
+        with contextlib.suppress(RuntimeError):
+            dynamic_conv2d(features, routing, weight.detach(), method="benchmark")
+        assert len(fastest.MEASURED) == 1
 
     def test_inference_mode(self) -> None:
         tensors = draw()
