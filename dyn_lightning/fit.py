@@ -15,6 +15,9 @@ from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.errors import readable_errors
 from dyn_lightning.record import Record, RunFolder, write_whole
 
+# TensorBoard's events that may wait to be written: of more, training would wait too. A step may have hundreds.
+EVENTS = 1000
+
 
 class FitCLI(CLI):
     """Adds the folder of the run.
@@ -62,7 +65,8 @@ class FitCLI(CLI):
         path = self.folder.path
         place: dict[str, Any] = {"save_dir": path.parent.parent, "name": path.parent.name, "version": path.name}
         # What was logged after the checkpoint will be logged again.
-        board = TensorBoardLogger(**place, default_hp_metric=False, purge_step=self.step or None)
+        resumed = self.step or None
+        board = TensorBoardLogger(**place, default_hp_metric=False, purge_step=resumed, max_queue=EVENTS)
         return {"callbacks": callbacks, "logger": [board, CSVLogger(**place, flush_logs_every_n_steps=1)]}
 
     def save_config(self) -> None:
