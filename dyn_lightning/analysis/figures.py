@@ -115,7 +115,7 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
 def similarity(matrix: Tensor, names: Sequence[str]) -> Figure:
     """Draw how alike the layers route images (``statistics.similarity``)."""
     every, short, label = _named(names)
-    side = 3 + min(5.0, 0.25 * len(names))
+    side = 2.5 + min(5.5, 0.2 * len(names))
     figure = _framed((side, side), left=0.6 + _length(short), right=0.9, bottom=0.4, top=0.4)
     axes = figure.subplots()
     _bar(axes, _heat_map(axes, matrix, 0, 1), "linear CKA")

@@ -37,12 +37,12 @@ def thumbnails(
         most = images.where(finite, -torch.inf).amax((1, 2, 3), keepdim=True)
         images = (images - least) / (most - least).clamp(min=1e-12)
     if images.shape[1] != 3:
-        images = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        images = images.mean(1, keepdim=True)
     part = side / max(images.shape[2:])
     if part < 1:
         size = [max(1, round(length * part)) for length in images.shape[2:]]
         images = F.interpolate(images, size, mode="area")
-    return (images.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return (images.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().expand(-1, 3, -1, -1)
 
 
 def squared(images: Tensor, side: int | None = None) -> Tensor:

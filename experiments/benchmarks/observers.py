@@ -32,7 +32,7 @@ ANNEALING = '[{"class_path": "TemperatureAnnealing", "init_args": {"start": 30, 
 RECORD = Path("runs/quickstart/version_0/run.json")  # is there when the quickstart begins to train
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 READY = Path("ready")  # is there when the validation begins
-ROUNDS = 5
+ROUNDS = 9
 
 
 def quickstart(observe: bool) -> list[str]:
