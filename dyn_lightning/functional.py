@@ -9,6 +9,7 @@ from torch import Tensor
 from dyn_lightning.allocator import is_freed_memory_kept
 from dyn_lightning.checks import Pair, as_padding, as_steps, check_batched, check_count
 from dyn_lightning.conv2d import in_format_of
+from dyn_lightning.per_sample.added_in_place import added_in_place
 from dyn_lightning.per_sample.by_name import CHOICES, run
 from dyn_lightning.per_sample.case import MAX_MIXED_BYTES, Case, case_of
 from dyn_lightning.per_sample.choice import choose
@@ -79,10 +80,12 @@ def dynamic_conv2d(
     check_batched(input)
     if routing.dtype != weight.dtype:  # `to` would take longer to find out
         routing = routing.to(weight.dtype)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        input = added_in_place(input)
     full, device = input, input.device.type
     input, weight, routing = _in_one_type(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
-    compiling = torch.compiler.is_compiling()
     plan, case, taken = _decided(
         method if compiling else INSTEAD.get() or method,
         max_mixed_bytes,

@@ -1,0 +1,86 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dyn_lightning.functional import dynamic_conv2d
+from dyn_lightning.layers import CondConv2d, DynamicConv2d
+from dyn_lightning.per_sample import added_in_place
+from tests.per_sample.loop import assert_equals_the_loop, draw
+from tests.tolerances import assert_close
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
+def test_the_routers_gradient_is_added_in_place(method: str, groups: int, kernel_size: int) -> None:
+    layer = DynamicConv2d(16, 16, kernel_size, padding=kernel_size // 2, groups=groups, method=method)
+    x = torch.randn(4, 16, 64, 64, requires_grad=True)
+    y = layer(x * 2)
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        y.backward(torch.ones_like(y))
+    shapes = [(event.name, event.input_shapes[0]) for event in profile.function_events if event.input_shapes]
+    assert [name for name, shape in shapes if name.startswith("aten::add") and shape == [*x.shape]] == ["aten::add_"]
+
+
+def test_a_small_map_is_left_alone() -> None:
+    x = torch.randn(4, 16, 8, 8, requires_grad=True)
+    assert added_in_place.added_in_place(x) is x
+
+
+class TestAllMaps:
+    @pytest.fixture(autouse=True)
+    def _all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(added_in_place, "LARGE_MAP", 0)
+
+    @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
+    @pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}])
+    def test_equals_the_loop(self, method: str, geometry: dict[str, Any]) -> None:
+        assert_equals_the_loop(draw(), method, **geometry)
+
+    @pytest.mark.parametrize("build", [CondConv2d, DynamicConv2d])
+    def test_with_a_shortcut_and_what_is_kept_of_gradients(self, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer, x = build(4, 4, 3, padding=1).double(), torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+
+        def gradients() -> list[Tensor]:
+            features = (x * 2).relu()
+            features.retain_grad()
+            y = layer(features)
+            y.retain_grad()
+            (y.square() + features).sum().backward()
+            found = [y.grad, features.grad, x.grad, *(parameter.grad for parameter in layer.parameters())]
+            layer.zero_grad()
+            x.grad = None
+            return found  # type: ignore[return-value]
+
+        found = gradients()
+        monkeypatch.setattr(added_in_place, "LARGE_MAP", 1 << 60)
+        assert_close(found, gradients())
+
+    def test_second_derivatives(self) -> None:
+        tensors = draw(2, (4, 3))
+        assert torch.autograd.gradcheck(lambda *t: dynamic_conv2d(*t, padding=1), tensors)
+        assert torch.autograd.gradgradcheck(lambda *t: dynamic_conv2d(*t, padding=1), tensors)
+
+    def test_several_cotangents_and_checkpoints(self) -> None:
+        tensors = draw()
+        y = dynamic_conv2d(*tensors)
+        cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
+        together = torch.autograd.grad(y, tensors, cotangents, is_grads_batched=True, retain_graph=True)
+        singly = [torch.autograd.grad(y, tensors, one, retain_graph=True) for one in cotangents]
+        assert_close(together, [torch.stack(same) for same in zip(*singly, strict=True)])
+        again = checkpoint(dynamic_conv2d, *tensors, use_reentrant=False)
+        assert_close(torch.autograd.grad(again, tensors, cotangents[0]), singly[0])
+
+    def test_under_function_transforms(self) -> None:
+        input, routing, weight, _ = (tensor.detach() for tensor in draw(4))
+
+        def energy(image: Tensor, row: Tensor) -> Tensor:
+            return dynamic_conv2d(image[None], row[None], weight).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(energy))(input, routing)
+        input.requires_grad_()
+        (expected,) = torch.autograd.grad(dynamic_conv2d(input, routing, weight).square().sum(), input)
+        assert_close(each, expected)
