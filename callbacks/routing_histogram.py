@@ -1,6 +1,7 @@
 """Histograms of the routing weights in TensorBoard."""
 
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,17 +102,19 @@ class RoutingHistogram(Callback):
             for layer, table in tables.items():
                 for kernel, (_, total, squares, *counts) in enumerate(table.tolist()):
                     seen = [place for place, count in enumerate(counts) if count] or [0]
-                    first, last = seen[0], seen[-1]
+                    # Empty bins side by side are written as one, since TensorBoard takes 0.1 ms a kilobyte; the last
+                    # bin stays, whose end TensorBoard takes to be the maximum, so that the axis reaches it.
+                    places = sorted({0, *range(seen[0], seen[-1] + 2), self.bins - 1, self.bins})
                     writer.add_histogram_raw(
                         f"routing/{layer}/{kernel}",
-                        min=edges[first],
-                        max=edges[last + 1],
+                        min=edges[seen[0]],
+                        max=edges[seen[-1] + 1],
                         num=sum(counts),
                         sum=total,
                         sum_squares=squares,
-                        # Without the empty bins at both ends: TensorBoard takes as long as 0.1 ms a kilobyte.
-                        bucket_limits=edges[first : last + 2],
-                        bucket_counts=[0, *counts[first : last + 1]],  # what is below the first of the limits
+                        bucket_limits=[edges[place] for place in places],
+                        # The first bucket ends at 0.
+                        bucket_counts=[0, *(sum(counts[begin:end]) for begin, end in pairwise(places))],
                         global_step=self._last_step,
                     )
 

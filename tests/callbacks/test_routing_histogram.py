@@ -1,5 +1,6 @@
 import csv
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ def histograms(trainer: Trainer) -> dict[str, dict[int, Any]]:
 
 
 def counts(value: Any, bins: int) -> list[float]:
-    """Give the counts of all bins of a histogram, which is written from its first bin that has any to its last."""
-    (start, *limits), (below, *written) = value.bucket_limit, value.bucket
-    first = round(start * bins)
-    assert [start, *limits] == pytest.approx([edge / bins for edge in range(first, first + len(written) + 1)])
-    assert below == 0
-    assert not any(written) or (written[0] and written[-1])
-    return [0.0] * first + written + [0.0] * (bins - first - len(written))
+    """Give the counts of all bins of a histogram; empty ones side by side may be written as one."""
+    places = [round(limit * bins) for limit in value.bucket_limit]
+    assert value.bucket_limit == pytest.approx([place / bins for place in places])
+    assert (places[0], places[-2:], value.bucket[0]) == (0, [bins - 1, bins], 0)
+    found: list[float] = []
+    for (begin, end), count in zip(pairwise(places), value.bucket[1:], strict=True):
+        assert count == 0 or end == begin + 1
+        found += [count] * (end - begin)
+    return found
 
 
 def mixed(router: nn.Module, kernels: int = 2) -> LightningModule:
