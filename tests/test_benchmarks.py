@@ -49,7 +49,7 @@ def test_the_slow_alone_are_given_up(sure: int) -> None:
 
 def test_interleaved_calls_the_short_several_times() -> None:
     calls: list[int] = []
-    interleaved({"short": lambda: calls.append(1)}, rounds=1, least_ms=5)
+    interleaved({"short": lambda: calls.append(1)}, rounds=1, least_ms=10_000)  # a busy machine may take ms a call
     assert len(calls) == 2 + 100
 
 
