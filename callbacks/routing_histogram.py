@@ -102,8 +102,9 @@ class RoutingHistogram(Callback):
             for layer, table in tables.items():
                 for kernel, (_, total, squares, *counts) in enumerate(table.tolist()):
                     seen = [place for place, count in enumerate(counts) if count] or [0]
-                    # Empty bins side by side are written as one, since TensorBoard takes 0.1 ms a kilobyte; the last
-                    # bin stays, whose end TensorBoard takes to be the maximum, so that the axis reaches it.
+                    # Empty bins before all others, and after them, are written as one: TensorBoard takes 0.1 ms a
+                    # kilobyte. Its server ends the last bucket at the maximum, so the last bin has one of its own: the
+                    # axis reaches its beginning.
                     places = sorted({0, *range(seen[0], seen[-1] + 2), self.bins - 1, self.bins})
                     writer.add_histogram_raw(
                         f"routing/{layer}/{kernel}",

@@ -15,7 +15,7 @@ from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.errors import readable_errors
 from dyn_lightning.record import Record, RunFolder, write_whole
 
-# TensorBoard's events that may wait to be written: of more, training would wait too. A step may have hundreds.
+# TensorBoard's events that may wait to be written; with more, training waits too. A step may have hundreds.
 EVENTS = 1000
 
 

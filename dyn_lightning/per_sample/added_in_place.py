@@ -8,16 +8,16 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from dyn_lightning.per_sample.tracing import is_transformed
 
-# Numbers of a map from which on this saves more than it takes.
+# Maps of so many numbers gain more by it than it takes.
 LARGE_MAP = 1 << 18
 
 
 def added_in_place(input: Tensor) -> Tensor:
-    """Give a map whose gradient has memory of its own, so that autograd adds the gradients of its other uses in place.
+    """Give a map whose gradient has memory of its own, so that autograd adds the router's gradient to it in place.
 
-    A routed layer's input is used twice: the router's gradient, and that of a shortcut, are added to the convolution's.
-    The latter is a view of what a library gave, and autograd does not change the memory of what a view is of: it would
-    take a third map for the sum.
+    A routed layer's input is used twice. The convolution's gradient comes first and, from samples as groups and from
+    products with the map as it is, as a view: autograd does not change what a view is of, and would take a third map
+    for the sum.
     """
     differentiated = input.requires_grad and torch.is_grad_enabled() and not is_transformed()
     return _OfItsOwn.apply(input) if differentiated and input.numel() >= LARGE_MAP else input
@@ -26,9 +26,11 @@ def added_in_place(input: Tensor) -> Tensor:
 class _OfItsOwn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        return input.view_as(input)
+        return input.view_as(input)  # nobody else sees it, so nobody can change it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # adds as it likes
+            return grad
         # Second derivatives need the graph; of several gradients at once torch cannot detach.
         return grad if torch.is_grad_enabled() or is_legacy_batchedtensor(grad) else grad.detach()

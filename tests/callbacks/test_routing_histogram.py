@@ -47,7 +47,7 @@ def histograms(trainer: Trainer) -> dict[str, dict[int, Any]]:
 
 
 def counts(value: Any, bins: int) -> list[float]:
-    """Give the counts of all bins of a histogram; empty ones side by side may be written as one."""
+    """Give the counts of all bins of a histogram; empty ones at the ends are written as one."""
     places = [round(limit * bins) for limit in value.bucket_limit]
     assert value.bucket_limit == pytest.approx([place / bins for place in places])
     assert (places[0], places[-2:], value.bucket[0]) == (0, [bins - 1, bins], 0)

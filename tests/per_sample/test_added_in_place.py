@@ -11,18 +11,32 @@ from dyn_lightning.per_sample import added_in_place
 from tests.per_sample.loop import assert_equals_the_loop, draw
 from tests.tolerances import assert_close
 
+VIEWS = [  # where the convolution's gradient is a view
+    *(("grouped", kernel_size, groups) for kernel_size in (1, 3) for groups in (1, 16)),
+    ("matmul", 1, 1),
+    ("matmul", 1, 16),
+    ("mixture", 1, 1),
+]
 
-@pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("groups", [1, 16])
-@pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
-def test_the_routers_gradient_is_added_in_place(method: str, groups: int, kernel_size: int) -> None:
+
+@pytest.mark.parametrize(("method", "kernel_size", "groups"), VIEWS)
+def test_the_routers_gradient_is_added_in_place(
+    method: str, kernel_size: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = DynamicConv2d(16, 16, kernel_size, padding=kernel_size // 2, groups=groups, method=method)
     x = torch.randn(4, 16, 64, 64, requires_grad=True)
-    y = layer(x * 2)
-    with torch.autograd.profiler.profile(record_shapes=True) as profile:
-        y.backward(torch.ones_like(y))
-    shapes = [(event.name, event.input_shapes[0]) for event in profile.function_events if event.input_shapes]
-    assert [name for name, shape in shapes if name.startswith("aten::add") and shape == [*x.shape]] == ["aten::add_"]
+
+    def additions() -> list[str]:
+        x.grad = None
+        y = layer(x * 2)
+        with torch.autograd.profiler.profile(record_shapes=True) as profile:
+            y.backward(torch.ones_like(y))
+        events = [(event.name, event.input_shapes[0]) for event in profile.function_events if event.input_shapes]
+        return [name for name, shape in events if name.startswith("aten::add") and shape == [*x.shape]]
+
+    assert additions() == ["aten::add_"]
+    monkeypatch.setattr(added_in_place, "LARGE_MAP", 1 << 60)
+    assert additions() == ["aten::add"]
 
 
 def test_a_small_map_is_left_alone() -> None:
@@ -34,6 +48,8 @@ class TestAllMaps:
     @pytest.fixture(autouse=True)
     def _all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(added_in_place, "LARGE_MAP", 0)
+        x = torch.ones(1, requires_grad=True)
+        assert added_in_place.added_in_place(x) is not x
 
     @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
     @pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}])
@@ -73,6 +89,15 @@ class TestAllMaps:
         assert_close(together, [torch.stack(same) for same in zip(*singly, strict=True)])
         again = checkpoint(dynamic_conv2d, *tensors, use_reentrant=False)
         assert_close(torch.autograd.grad(again, tensors, cotangents[0]), singly[0])
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own making
+    def test_compiled_backward_pass(self) -> None:
+        layer, x = DynamicConv2d(4, 4, 3, padding=1), torch.randn(2, 4, 5, 6, requires_grad=True)
+        (expected,) = torch.autograd.grad(layer(x * 2).square().sum(), x)
+        loss = layer(x * 2).square().sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            loss.backward()
+        assert_close(x.grad, expected)
 
     def test_under_function_transforms(self) -> None:
         input, routing, weight, _ = (tensor.detach() for tensor in draw(4))
