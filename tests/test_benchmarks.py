@@ -208,6 +208,18 @@ def test_runs_of_the_same_cases_are_also_taken_together() -> None:
     assert fit_costs.mean(tuple(runs)) == (case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": 4.0}})
 
 
+@pytest.mark.parametrize(("folder", "memory"), [("", "kept"), ("by_glibc", "by glibc")])
+def test_the_table_of_the_goals_networks_is_of_the_kept_runs(folder: str, memory: str) -> None:
+    log = (ROOT / "experiments/LOG.md").read_text()
+    for name in ("networks_x05_224", "networks_resnet18_224", "networks_32"):
+        for result in json.loads((RESULTS / folder / f"{name}.json").read_text())["results"]["networks"]:
+            times = result["milliseconds"]
+            static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
+            columns = [times[name] / static for name in ("grouped", "matmul", "mixture", "chunked", "timm", "auto")]
+            ratios = " | ".join(f"{ratio:.2f}" for ratio in (*columns, times["auto"] / best))
+            assert f"| {result['network']}, {result['size']} px, {memory} | {static:.1f} ms | {ratios} |" in log
+
+
 def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
     files = {4: RESULTS / "layers_again.json", 16: RESULTS / "layers_k16.json"}
     fit_costs.main([str(path) for path in files.values()])

@@ -26,7 +26,7 @@ def added_in_place(input: Tensor) -> Tensor:
 class _OfItsOwn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        return input.view_as(input)  # nobody else sees it, so nobody can change it
+        return input.detach()  # a view's errors, if the map is changed afterwards, would speak of this function
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ class TestWritten:
                 assert value.sum == 16 * weight
                 assert value.sum_squares == 16 * weight**2
                 assert counts(value, 8) == [16 * (place == index) for index in range(8)]
+                assert len(value.bucket) == 5 - kernel  # below 0, empty, its bin, empty (not beside the last), the last
                 assert value.min <= weight <= value.max
 
     def test_counts_by_hand(self, tmp_path: Path) -> None:
