@@ -43,16 +43,15 @@ def depth(layers: Layers) -> Figure:
     _, short, _ = _named(list(layers))
     size = (1.8 + min(8.0, 0.25 * len(layers)), sum(heights) + 2 * gap)
     figure = _framed(size, left=1.1, right=1.1, bottom=0.5 + _length(short), top=0.4)
-    *panels, last = figure.subplots(
-        3, 1, sharex=True, height_ratios=heights, gridspec_kw={"hspace": 3 * gap / sum(heights)}
-    )
+    *panels, last = figure.subplots(3, 1, height_ratios=heights, gridspec_kw={"hspace": 3 * gap / sum(heights)})
     for axes, (title, values) in zip(panels, curves.items(), strict=True):
         axes.plot(values, marker="o", markersize=4)
-        axes.set(ylim=(-0.05, 1.05), yticks=(0, 0.5, 1), ylabel=title)
+        axes.set(xlim=(-0.5, len(layers) - 0.5), ylim=(-0.05, 1.05), xticks=[], yticks=(0, 0.5, 1), ylabel=title)
         axes.grid(alpha=0.3)
+        axes.vlines(range(len(layers)), *axes.get_ylim(), color="lightgrey", linewidth=0.5, zorder=0)
         if all(map(math.isnan, values)):
             axes.text(0.5, 0.5, "nothing to measure", ha="center", transform=axes.transAxes)
-    panels[0].set_title("Routing against depth")
+    panels[0].set_title("Routing against depth", y=1)
     _draw_load(last, list(layers.values()), shown)
     _name_layers(last, list(layers))
     return figure
@@ -108,7 +107,7 @@ def classes(layers: Layers, class_names: Sequence[str] = ()) -> Figure:
     axes.tick_params(length=0)
     some = f" in {len(names)} of {len(layers)} layers" if len(names) < len(layers) else ""
     some += f"\nthe {len(kept)} of {total} classes that differ most" if len(kept) < total else ""
-    axes.set_title(f"Mean routing weights by class{some}", fontsize=11)
+    axes.set_title(f"Mean routing weights by class{some}", fontsize=11, y=1)
     return figure
 
 
@@ -119,7 +118,7 @@ def similarity(matrix: Tensor, names: Sequence[str]) -> Figure:
     figure = _framed((side, side), left=0.6 + _length(short), right=0.9, bottom=0.4, top=0.4)
     axes = figure.subplots()
     _bar(axes, _heat_map(axes, matrix, 0, 1), "linear CKA")
-    axes.set_title("How alike the layers route images")
+    axes.set_title("How alike the layers route images", y=1)
     axes.set_yticks(range(0, len(names), every), short, fontsize=8)
     axes.set_ylabel(label, fontsize=9)
     axes.set(xticks=[], xlabel="the same layers")
@@ -230,7 +229,7 @@ def membership(name: str, matrix: Tensor) -> Figure:
     axes.imshow(small.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", extent=extent, aspect="auto")
     axes.set(xlabel="channel of the input", ylabel="channel of the output")
     some = f", averaged over {steps[0]}x{steps[1]} channels" if max(steps) > 1 else ""
-    axes.set_title(f"{_ending(name, 32)}\nblack is connected{some}", fontsize=9)
+    axes.set_title(f"{_ending(name, 32)}\nblack is connected{some}", fontsize=9, y=1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=6))
     return figure
@@ -260,6 +259,7 @@ def _framed(size: tuple[float, float], left: float, right: float, bottom: float,
     """Make a figure for axes of a size in inches, with margins for what stands around them.
 
     matplotlib can find the margins by itself; it measures all text twice for that, which takes a third of the drawing.
+    For the same reason the titles of such axes are told where to stand, ``y=1``.
     """
     width, height = left + size[0] + right, bottom + size[1] + top
     figure = Figure(figsize=(width, height), dpi=DPI)
