@@ -19,12 +19,12 @@ ORDER = [
     {"functional"},
     {"routing"},
     {"layers"},
-    {"sharing", "convert", "fold", "cost", "analysis"},
+    {"rules", "sharing", "convert", "fold", "cost", "analysis", "recipe"},
     {"models"},
     {"callbacks", "data", "record"},
     {"classifier"},
     {"ablation"},
-    {"errors", "cli", "page", "fit", "analyze", "evaluate", "ablate", "export"},
+    {"errors", "cli", "page", "fit", "analyze", "evaluate", "ablate"},
 ]
 TRAINING = ("lightning", "pytorch_lightning", "tensorboard", "torchmetrics")
 FIRST_THAT_TRAINS = 7

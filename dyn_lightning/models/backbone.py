@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torchvision
 from torch import nn
 
 from dyn_lightning.models.cifar_resnet import CifarResNet
+from dyn_lightning.rules import first_convolution
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"cifar_resnet": CifarResNet}
 
@@ -59,6 +61,24 @@ def build_backbone(name: str, num_classes: int, channels: int, /, **options: Any
         raise ValueError(f"backbone={name!r} with {options}: {error}") from error
 
 
+def load_weights(backbone: nn.Module, path: str) -> None:
+    """Load a state dict, or the backbone in a checkpoint of ours, strictly.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or its weights are another network's.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"weights={path!r} is no file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "state_dict" in state:
+            names = {name: name.removeprefix("backbone.") for name in state["state_dict"]}
+            state = {name: state["state_dict"][key] for key, name in names.items() if key != name}
+        backbone.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(f"weights={path!r}: {error}") from error
+
+
 class UnknownNameError(ValueError):
     """A dotted path that leads to nothing."""
 
@@ -85,11 +105,6 @@ def import_object(path: str) -> Any:
         raise UnknownNameError(f"there is no module {error.name!r}") from error
     except AttributeError as error:
         raise UnknownNameError(f"the module {module!r} has no {attribute!r}") from error
-
-
-def first_conv(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
-    """Find the first convolution and its name."""
-    return next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def _call(make: Callable[..., nn.Module], num_classes: int, channels: int, options: dict[str, Any]) -> nn.Module:
@@ -121,10 +136,9 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
 
 @torch.no_grad()
 def _adapt_stem(model: nn.Module, channels: int, trained: bool) -> None:
-    found = first_conv(model)
-    if found is None or found[1].in_channels == channels:
+    old: Any = model.get_submodule(first_convolution(model))
+    if old.in_channels == channels:
         return
-    old = found[1]
     if trained:
         # Each new channel carries its share of the old sum, so an image with equal channels gives what it gave before.
         weight = old.weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dyn_lightning.models import MODELS, CifarResNet, build_backbone
-from dyn_lightning.models.backbone import UnknownNameError, first_conv, import_object
+from dyn_lightning.models.backbone import UnknownNameError, import_object
 from tests.noise import randomize_norms_
 
 HERE = __name__
@@ -213,19 +213,6 @@ class TestImportObject:
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
             import_object("lacking.Net")
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        (nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Conv2d(4, 4, 1)), "1.0"),
-        (nn.Conv2d(3, 4, 1), ""),
-        (nn.Linear(3, 4), None),
-    ],
-)
-def test_first_conv(model: nn.Module, name: str | None) -> None:
-    found = first_conv(model)
-    assert found == (None if name is None else (name, model.get_submodule(name)))
 
 
 def test_timm_is_not_imported_for_others() -> None:
