@@ -4,19 +4,19 @@ import difflib
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from torch import Tensor
+import torch
 
 from dyn_lightning.per_sample.methods import Pair
 
 
-def check_batched(input: Tensor) -> None:
+def check_batched(shape: torch.Size) -> None:
     """Check that an input is a batch of maps.
 
     Raises:
-        ValueError: it is not ``(B, C, H, W)``.
+        ValueError: its shape is not ``(B, C, H, W)``.
     """
-    if input.dim() != 4:
-        raise ValueError(f"input of shape {tuple(input.shape)} must be (B, C_in, H, W); x[None] adds a batch axis")
+    if len(shape) != 4:
+        raise ValueError(f"input of shape {tuple(shape)} must be (B, C_in, H, W); x[None] adds a batch axis")
 
 
 def as_pair(name: str, value: int | Pair | list[int]) -> Pair:

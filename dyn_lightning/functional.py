@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from dyn_lightning.per_sample.tracing import remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
-NOTE: ContextVar[Callable[[str], None]] = ContextVar("NOTE", default=lambda method: None)
+NOTE: ContextVar[Callable[[str], None] | None] = ContextVar("NOTE", default=None)
 INSTEAD: ContextVar[str] = ContextVar("INSTEAD", default="")
 
 
@@ -77,16 +78,19 @@ def dynamic_conv2d(
         >>> dynamic_conv2d(x, routing, weight, padding=1).shape
         torch.Size([2, 6, 7, 6])
     """
-    check_batched(input)
-    if routing.dtype != weight.dtype:  # `to` would take longer to find out
+    # On small maps each call in Python would be seen, so there are few before a method's own.
+    if routing.dtype != weight.dtype:
         routing = routing.to(weight.dtype)
     compiling = torch.compiler.is_compiling()
-    if not compiling:
+    if input.requires_grad and not compiling:
         input = added_in_place(input)
     full, device = input, input.device.type
-    input, weight, routing = _in_one_type(device, input, weight, routing)
+    if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
+        input, weight, routing = _as_autocast(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
-    plan, case, taken = _decided(
+    layout = "contiguous" if input.is_contiguous() else layout_of(input)
+    decide = _decide if compiling else _decided
+    plan, case, taken = decide(
         method if compiling else INSTEAD.get() or method,
         max_mixed_bytes,
         input.shape,
@@ -97,22 +101,24 @@ def dynamic_conv2d(
         padding,
         dilation,
         groups,
-        layout_of(input),
-        input.element_size(),
+        layout,
+        input.dtype,
+        weight.dtype,
         device,
         training,
         is_freed_memory_kept(),
-        () if compiling else _types(stride, padding, dilation),
+        () if compiling else _types(stride, padding, dilation, groups, max_mixed_bytes),
     )
-    input, weight = reduced(input, weight, plan)
+    if plan.reduces:
+        input, weight = reduced(input, weight, plan)
     if taken == "benchmark":
         taken = choose(case) if compiling else fastest(input, routing, weight, case)
-    if not compiling:
-        NOTE.get()(taken)
+    if not compiling and (note := NOTE.get()):
+        note(taken)
     output = run(taken, input, routing, weight, case)
     if bias is not None:
         output = output + mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
-    return in_format_of(full, output)
+    return output if layout == "contiguous" and output.is_contiguous() else in_format_of(full, output)
 
 
 def choose_method(
@@ -151,10 +157,12 @@ def choose_method(
         'mixture'
     """
     check_method("auto", max_mixed_bytes)
-    check_batched(input)
     device = input.device.type
-    input, weight = _in_one_type(device, input, weight)
-    plan = plan_of(input.shape, weight.shape, *_in_pairs(stride, padding, dilation, groups))
+    if device != "meta" and torch.is_autocast_enabled(device):
+        input, weight = _as_autocast(device, input, weight)
+    plan = _checked_plan(
+        input.shape, input.dtype, weight.shape, weight.dtype, stride, padding, dilation, groups, training
+    )
     rest = (device, training, max_mixed_bytes, is_freed_memory_kept())
     return choose(case_of(plan, layout_of(input), input.element_size(), *rest))
 
@@ -170,8 +178,7 @@ def check_method(method: str, max_mixed_bytes: int) -> None:
         raise ValueError(f"method={method!r} does not exist, choose one of {[*CHOICES]}")
 
 
-@remembered
-def _decided(
+def _decide(
     method: str,
     max_mixed_bytes: int,
     input: torch.Size,
@@ -183,21 +190,22 @@ def _decided(
     dilation: int | Pair,
     groups: int,
     layout: str,
-    bytes_each: int,
+    dtype: torch.dtype,
+    dtype_of_weight: torch.dtype,
     device: str,
     training: bool,
     keeps_memory: bool,
-    types: tuple[tuple[type, ...], ...],
+    types: tuple[Any, ...],
 ) -> tuple[Plan, Case, str]:
-    """Check all arguments and choose a method, once: on small maps each step of Python would be seen.
+    """Check all arguments and choose a method.
 
-    The types are of what is in pairs, since (True, 1) equals (1, 1) and would be taken for it.
+    The types are of what may be in pairs and of numbers: as True and 1.0 equal 1, they would be taken for it.
 
     Returns:
         What is to be computed, all that the choice depends on, and a method, or ``"benchmark"``.
     """
     check_method(method, max_mixed_bytes)
-    plan = plan_of(input, weight, *_in_pairs(stride, padding, dilation, groups))
+    plan = _checked_plan(input, dtype, weight, dtype_of_weight, stride, padding, dilation, groups, training)
     kernels, out_channels = weight[:2]
     if routing != (input[0], kernels):
         raise ValueError(
@@ -206,34 +214,40 @@ def _decided(
         )
     if bias is not None and bias != (kernels, out_channels):
         raise ValueError(f"bias of shape {tuple(bias)} must be (K, C_out) = ({kernels}, {out_channels})")
-    case = case_of(plan, layout, bytes_each, device, training, max_mixed_bytes, keeps_memory)
+    case = case_of(plan, layout, dtype.itemsize, device, training, max_mixed_bytes, keeps_memory)
     return plan, case, choose(case) if method == "auto" or input[0] == 0 else method
 
 
-def _types(*values: int | Pair | str) -> tuple[tuple[type, ...], ...]:
-    return tuple([tuple(map(type, value)) if type(value) is tuple else () for value in values])
+_decided = remembered(_decide)
 
 
-def _in_pairs(
-    stride: int | Pair, padding: int | Pair | str, dilation: int | Pair, groups: int
-) -> tuple[Pair, Pair | str, Pair, int]:
+def _checked_plan(
+    input: torch.Size,
+    dtype: torch.dtype,
+    weight: torch.Size,
+    dtype_of_weight: torch.dtype,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+    training: bool,
+) -> Plan:
+    check_batched(input)
+    if dtype != dtype_of_weight:
+        raise ValueError(f"input of {dtype} and weight of {dtype_of_weight} must have one type: convert one of them")
     check_count("groups", groups)
-    return as_steps("stride", stride), as_padding(padding), as_steps("dilation", dilation), groups
+    steps, distances = as_steps("stride", stride), as_steps("dilation", dilation)
+    return plan_of(input, weight, steps, as_padding(padding), distances, groups, training)
 
 
-def _in_one_type(device: str, input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts what a convolution takes (chunks would otherwise be cast one by one), and check the types.
+def _types(*values: int | Pair | str) -> tuple[Any, ...]:
+    return tuple([tuple(map(type, value)) if type(value) is tuple else type(value) for value in values])
 
-    Raises:
-        ValueError: input and weight are of different types.
-    """
-    tensors = (input, weight, *others)
-    if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
-        dtype = torch.get_autocast_dtype(device)
-        tensors = tuple(
-            tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-            for tensor in tensors
-        )
-    if tensors[0].dtype != tensors[1].dtype:
-        raise ValueError(f"input of {input.dtype} and weight of {weight.dtype} must have one type: convert one of them")
-    return tensors
+
+def _as_autocast(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts what a convolution takes; chunks would otherwise be cast one by one."""
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )

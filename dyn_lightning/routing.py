@@ -99,7 +99,7 @@ def pooled(x: Tensor) -> Tensor:
     """Average a feature map ``(B, C, H, W)`` over its pixels; ``(B, C)`` is pooled already."""
     if x.dim() == 2:
         return x
-    check_batched(x)
+    check_batched(x.shape)
     # Its gradient stays a view of (B, C) numbers; that of x.mean is as large as the map.
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])).to(x.dtype)

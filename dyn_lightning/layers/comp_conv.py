@@ -118,7 +118,7 @@ class CompConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        check_batched(x)
+        check_batched(x.shape)
         conv, *convs = self.convs
         y, ys = conv(x), []
         for copied, conv in zip(self._copies(x), convs, strict=True):

@@ -181,7 +181,7 @@ class PermutedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        check_batched(input)
+        check_batched(input.shape)
         # On a CPU a few images at a time stay in the cache from one permutation to the other.
         few = 8 if input.device.type == "cpu" and not torch.compiler.is_compiling() else max(1, len(input))
         parts = [self._conv_forward(x[:, self.inputs], self.weight, self.bias) for x in input.split(few)]

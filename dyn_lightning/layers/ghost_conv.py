@@ -96,7 +96,7 @@ class GhostConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        check_batched(x)
+        check_batched(x.shape)
         intrinsic = self.primary(x)
         y = torch.cat([intrinsic, self.cheap(intrinsic)], 1)[:, : self.out_channels]
         return in_format_of(x, add_bias(y, self.bias))

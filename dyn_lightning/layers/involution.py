@@ -103,7 +103,7 @@ class Involution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Involve ``(B, C, H, W)``."""
-        check_batched(x)
+        check_batched(x.shape)
         pixels = under_kernels(x, self.kernel_size, self.padding, self.dilation)
         pixels = F.avg_pool2d(pixels, self.stride, ceil_mode=True) if self.stride != (1, 1) else pixels
         kernels = self.span(torch.relu(self.norm(self.reduce(pixels))))

@@ -74,7 +74,7 @@ class SelfCalibratedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        check_batched(x)
+        check_batched(x.shape)
         half = self.k1.in_channels
         y = torch.cat([self.k1(x[:, :half]), self.calibrated(x[:, half:])], 1)
         return in_format_of(x, add_bias(y, self.bias))

@@ -80,7 +80,7 @@ class SplitAttentionConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(B, C_in, H, W)``."""
-        check_batched(x)
+        check_batched(x.shape)
         splits = torch.relu(self.norm(self.conv(x))).unflatten(1, (self.radix, -1))
         attention = self.attention(splits.sum(1).mean((2, 3), keepdim=True))
         y = (attention[..., None, None] * splits).sum(1).to(splits.dtype)  # autocast sums in float32 on some devices

@@ -55,15 +55,15 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 KEPT_COSTS = {
     (True, True): Costs((1320, 25.4, 22.3, 209e6), (28.5, 352, 1820, 523e6)),
     (True, False): Costs((392, 10.1, 6.8, 39.9e6), (10, 135, 398, 134e6)),
-    (False, True): Costs((800, 135, 18.6, 0), (22.8, 1100, 2500, 232e6)),
-    (False, False): Costs((261, 30.5, 5.2, 0), (5.7, 314, 545, 551e6)),
+    (False, True): Costs((831, 98.7, 19.2, 0), (20.8, 494, 257, 1200e6)),
+    (False, False): Costs((253, 26.4, 5.3, 40.6e6), (5.59, 189, 294, 723e6)),
 }
 # The same where freed memory goes back to the system; its files are in the folder `by_glibc`, of another machine.
 FETCHED_COSTS = {
     (True, True): Costs((3060, 63.7, 30.1, 131e6), (35.4, 910, 3760, 500e6)),
     (True, False): Costs((836, 15.6, 11.2, 27.8e6), (11.8, 225, 864, 79.8e6)),
-    (False, True): Costs((3590, 188, 32.9, 0), (42.9, 2650, 994, 0)),
-    (False, False): Costs((1890, 0, 8.4, 0), (13.7, 753, 1020, 477e6)),
+    (False, True): Costs((3350, 163, 34, 0), (42.3, 1730, 289, 0)),
+    (False, False): Costs((1730, 0, 8.81, 0), (13.4, 444, 613, 663e6)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.

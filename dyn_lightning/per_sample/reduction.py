@@ -1,5 +1,6 @@
 """What a convolution computes that cannot be seen in its output, and how to leave it out."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, output_length, padding_in_numbers
+
+# To cut kernels copies what is left of all K. That pays where at most this part is left: else the outputs of all K, as
+# they are, take less time. Of depthwise kernels, which are always mixed first, it pays with a backward pass, or if so
+# many mixed weights are saved.
+MOST_LEFT, LEAST_SAVED = 1 / 5, 100_000
 
 
 class Plan(NamedTuple):
@@ -18,6 +24,7 @@ class Plan(NamedTuple):
     input: tuple[int, ...]  # the sizes that are left
     weight: tuple[int, ...]
     geometry: Geometry  # with the padding in numbers
+    reduces: bool  # whether anything is to be done to input or weight
 
 
 def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -41,8 +48,9 @@ def plan_of(
     padding: Pair | str,
     distances: Pair,
     groups: int,
+    training: bool = True,
 ) -> Plan:
-    """Find what can be left out of a convolution.
+    """Find what is to be left out of a convolution.
 
     Raises:
         ValueError: weight and input do not fit each other, or the kernel is larger than the padded input.
@@ -58,8 +66,7 @@ def plan_of(
     zeros, sides = padding_in_numbers(input, padding, (weight[3], weight[4]), steps, distances)
     size, lengths = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:])
     padded, unseen = list(sides), [0, 0, 0, 0]
-    for axis in (0, 1):
-        # Of 3x3 kernels on one pixel, the middle is left. One sample gains nothing by it: all K kernels are read.
+    for axis in (0, 1):  # of 3x3 kernels on one pixel, the middle is left
         count = output_length(size[axis], lengths[axis], steps[axis], padded[axis], distances[axis])
         if count < 1:
             raise ValueError(
@@ -71,11 +78,22 @@ def plan_of(
         length, rest = last - first + 1, padded[axis] - first * distances[axis]
         # Nothing is cut off where the padding would have to differ between the sides.
         even = rest >= 0 and output_length(size[axis], length, steps[axis], rest, distances[axis]) == count
-        if input[0] > 1 and 0 < length < lengths[axis] and even:
+        if 0 < length < lengths[axis] and even:
             unseen[2 - 2 * axis : 4 - 2 * axis] = -first, last + 1 - lengths[axis]
             lengths[axis], padded[axis] = length, rest
+    if any(unseen) and not _pays(input[0], weight, math.prod(lengths), groups, training):
+        unseen, lengths, padded = [0, 0, 0, 0], list(weight[3:]), list(sides)
     step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
     steps = (1, 1) if step == steps else steps
     left = (*input[:2], -(-size[0] // step[0]), -(-size[1] // step[1]))
     geometry = Geometry(steps, (padded[0], padded[1]), distances, groups)
-    return Plan(zeros, step, tuple(unseen) if any(unseen) else (), left, (*weight[:3], *lengths), geometry)
+    reduces = bool(zeros) or step != (1, 1) or any(unseen)
+    return Plan(zeros, step, tuple(unseen) if any(unseen) else (), left, (*weight[:3], *lengths), geometry, reduces)
+
+
+def _pays(batch: int, weight: tuple[int, ...], left: int, groups: int, training: bool) -> bool:
+    """Tell whether it pays to cut kernels to so many positions; never for one sample, which mixes them once."""
+    size = math.prod(weight[3:])
+    if weight[2] == 1 < groups:
+        return batch > 1 and (training or batch * weight[1] * (size - left) >= LEAST_SAVED)
+    return batch > 1 and left <= MOST_LEFT * size

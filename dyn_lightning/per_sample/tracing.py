@@ -7,22 +7,31 @@ from typing import Any, TypeVar, cast
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+MOST_REMEMBERED = 4096
 
 
 def remembered(function: Function) -> Function:
-    """Let a function give again what it gave before; compilers and tracers always call it, open sizes have no hash."""
-    cached = functools.lru_cache(maxsize=4096, typed=True)(function)  # 1.0 and True equal 1
+    """Let a function, that never gives None, give again what it gave before for equal arguments.
 
-    @functools.wraps(function)
+    A plain dict, since ``functools.lru_cache`` keeps an order too: around a convolution, which empties the processor's
+    caches, what a call touches costs more than what it computes.
+    """
+    known: dict[tuple[Any, ...], Any] = {}
+
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return function(*arguments)
         try:
-            return cached(*arguments)
-        except TypeError:
+            found = known.get(arguments)
+        except TypeError:  # lists have no hash
             return function(*arguments)
+        if found is None:
+            found = function(*arguments)
+            if not torch.jit.is_tracing():  # to which sizes are tensors
+                if len(known) >= MOST_REMEMBERED:
+                    known.clear()
+                known[arguments] = found
+        return found
 
-    return cast(Function, call)
+    return cast(Function, functools.update_wrapper(call, function))
 
 
 def is_transformed() -> bool:

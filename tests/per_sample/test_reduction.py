@@ -21,19 +21,34 @@ def test_rows_and_columns_that_see_only_padding(
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "padding", "kept", "left"),
+    ("size", "kernel_size", "stride", "padding", "kept", "left"),
     [
-        ((1, 1), 1, 1, (1, 1), (0, 0)),
-        ((2, 2), 2, 1, (2, 2), (0, 0)),
-        ((2, 2), 1, 1, (3, 3), (1, 1)),
-        ((1, 5), 1, 1, (1, 3), (0, 1)),
+        ((1, 1), 3, 1, 1, (1, 1), (0, 0)),
+        ((2, 2), 5, 2, 2, (2, 2), (0, 0)),
+        ((1, 5), 7, 1, 3, (1, 7), (0, 3)),
+        ((2, 2), 3, 1, 1, (3, 3), (1, 1)),
+        ((2, 2), 3, 2, 1, (3, 3), (1, 1)),  # more is left than pays
     ],
 )
-def test_they_are_cut_off(size: Any, stride: int, padding: int, kept: Any, left: Any) -> None:
-    input, _, weight, _ = draw(2, size)
+def test_they_are_cut_off(
+    size: Any, kernel_size: int, stride: int, padding: int, kept: tuple[int, int], left: tuple[int, int]
+) -> None:
+    input, _, weight, _ = draw(2, size, (kernel_size, kernel_size))
     plan = plan_of(input.shape, weight.shape, (stride, stride), (padding, padding), (1, 1), 1)
     assert plan.weight[3:] == reduced(input, weight, plan)[1].shape[3:] == kept
     assert plan.geometry.padding == left
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "training", "kept"),
+    [(2, 8, True, (2, 2)), (2, 8, False, (3, 3)), (32, 2048, False, (2, 2)), (1, 100_000, True, (3, 3))],
+)
+def test_depthwise_kernels_are_cut_where_that_saves_more_than_it_costs(
+    batch: int, channels: int, training: bool, kept: tuple[int, int]
+) -> None:
+    sizes = ((batch, channels, 2, 2), (4, channels, 1, 3, 3))
+    plan = plan_of(*sizes, (2, 2), (1, 1), (1, 1), channels, training)
+    assert plan.weight[3:] == kept
 
 
 def test_a_strided_1x1_convolution_sees_every_other_pixel() -> None:

@@ -18,6 +18,7 @@ from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d
+from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.networks import NETWORKS, head, names
 from experiments.benchmarks.timing import interleaved
 
@@ -112,9 +113,18 @@ def layers(options: Any) -> list[dict[str, Any]]:
             ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in columns)
             print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
             about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": networks}
+            about["kernel"] = _seen(shape, batch, training, options)
             results.append({**about, "auto": chosen, "milliseconds": times, "MiB": peaks})
         print(quality([result for result in results if result["job"] == job]))
     return results
+
+
+def _seen(shape: Shape, batch: int, training: bool, options: Any) -> tuple[int, ...]:
+    """Give the kernel's rows and columns that are computed with: those that see more than padding, where that pays."""
+    in_channels, out_channels, size, stride, padding, groups, pixels = shape
+    weight = (options.kernels, out_channels, in_channels // groups, size, size)
+    geometry = ((stride, stride), (padding, padding), (1, 1), groups)
+    return plan_of((batch, in_channels, pixels, pixels), weight, *geometry, training).weight[3:]
 
 
 def quality(results: list[dict[str, Any]]) -> str:
