@@ -82,13 +82,13 @@ def dynamic_conv2d(
     if routing.dtype != weight.dtype:
         routing = routing.to(weight.dtype)
     compiling = torch.compiler.is_compiling()
-    if input.requires_grad and not compiling:
+    if not compiling:
         input = added_in_place(input)
     full, device = input, input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
         input, weight, routing = _as_autocast(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
-    layout = "contiguous" if input.is_contiguous() else layout_of(input)
+    layout = layout_of(input)
     decide = _decide if compiling else _decided
     plan, case, taken = decide(
         method if compiling else INSTEAD.get() or method,
@@ -233,21 +233,28 @@ def _checked_plan(
     training: bool,
 ) -> Plan:
     check_batched(input)
-    if dtype != dtype_of_weight:
-        raise ValueError(f"input of {dtype} and weight of {dtype_of_weight} must have one type: convert one of them")
+    _check_types(dtype, dtype_of_weight)
     check_count("groups", groups)
     steps, distances = as_steps("stride", stride), as_steps("dilation", dilation)
     return plan_of(input, weight, steps, as_padding(padding), distances, groups, training)
 
 
 def _types(*values: int | Pair | str) -> tuple[Any, ...]:
-    return tuple([tuple(map(type, value)) if type(value) is tuple else type(value) for value in values])
+    return tuple([tuple(map(type, value)) if isinstance(value, tuple) else type(value) for value in values])
 
 
-def _as_autocast(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _as_autocast(device: str, input: Tensor, weight: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts what a convolution takes; chunks would otherwise be cast one by one."""
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
+    found = tuple(
         tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
+        for tensor in (input, weight, *others)
     )
+    if found[0].dtype != found[1].dtype:
+        _check_types(input.dtype, weight.dtype)  # says the user's own
+    return found
+
+
+def _check_types(input: torch.dtype, weight: torch.dtype) -> None:
+    if input != weight:
+        raise ValueError(f"input of {input} and weight of {weight} must have one type: convert one of them")

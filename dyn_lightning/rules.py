@@ -86,7 +86,7 @@ def find_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def first_convolution(model: nn.Module) -> str:
-    """Name the network's first convolution; empty if it was replaced before."""
+    """Name the network's first convolution; empty if there is none, or it was replaced before."""
     for name, module in model.named_modules():
         if name and isinstance(module, (nn.Conv2d, *REPLACED)):
             return name if isinstance(module, nn.Conv2d) else ""

@@ -19,7 +19,7 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.choice import FETCHED_COSTS, KEPT_COSTS, Costs, mixed_first
 from dyn_lightning.per_sample.methods import Geometry
-from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes
+from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
 from experiments.benchmarks.dynamic_conv.fit_costs import fit, lines
 from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained, work_of
@@ -208,16 +208,24 @@ def test_runs_of_the_same_cases_are_also_taken_together() -> None:
     assert fit_costs.mean(tuple(runs)) == (case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": 4.0}})
 
 
-@pytest.mark.parametrize(("folder", "memory"), [("", "kept"), ("by_glibc", "by glibc")])
-def test_the_table_of_the_goals_networks_is_of_the_kept_runs(folder: str, memory: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("networks_224", "{network}, {size} px | {job}"),
+        ("networks_32", "{network}, {size} px | {job}"),
+        ("by_glibc/networks_x05_224", "{network}, {size} px, by glibc"),
+        ("by_glibc/networks_resnet18_224", "{network}, {size} px, by glibc"),
+        ("by_glibc/networks_32", "{network}, {size} px, by glibc"),
+    ],
+)
+def test_the_tables_of_networks_are_of_the_kept_runs(name: str, what: str) -> None:
     log = (ROOT / "experiments/LOG.md").read_text()
-    for name in ("networks_x05_224", "networks_resnet18_224", "networks_32"):
-        for result in json.loads((RESULTS / folder / f"{name}.json").read_text())["results"]["networks"]:
-            times = result["milliseconds"]
-            static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
-            columns = [times[name] / static for name in ("grouped", "matmul", "mixture", "chunked", "timm", "auto")]
-            ratios = " | ".join(f"{ratio:.2f}" for ratio in (*columns, times["auto"] / best))
-            assert f"| {result['network']}, {result['size']} px, {memory} | {static:.1f} ms | {ratios} |" in log
+    for result in json.loads((RESULTS / f"{name}.json").read_text())["results"]["networks"]:
+        times = result["milliseconds"]
+        static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
+        columns = [times[name] / static for name in ("grouped", "matmul", "mixture", "chunked", "timm", "auto")]
+        ratios = " | ".join(f"{ratio:.2f}" for ratio in (*columns, times["auto"] / best))
+        assert f"| {what.format(**result)} | {static:.1f} ms | {ratios} |" in log
 
 
 def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,6 +288,13 @@ def test_draws_every_part(tmp_path: Path) -> None:
     paths = draw({**run, "results": results}, tmp_path / "new")
     assert [path.name for path in paths] == ["layers.png", "networks.png", "growth.png"]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+    files = []
+    for part in ("networks", "growth"):
+        files.append(str(tmp_path / f"{part}.json"))
+        Path(files[-1]).write_text(json.dumps({**run, "results": {part: results[part]}}))
+    plots.main(str(tmp_path / "together"), *files)
+    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == ["growth.png", "networks.png"]
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,15 @@ class TestErrors:
         ):
             dynamic_conv2d(input.float(), routing, weight)
 
+    def test_types_are_called_as_they_were_before_autocast(self) -> None:
+        input, routing, weight, _ = draw()
+        message = r"input of torch\.float32 and weight of torch\.float64 must have one type"
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(ValueError, match=message):
+                dynamic_conv2d(input.float(), routing, weight)
+            with pytest.raises(ValueError, match=message):
+                choose_method(input.float(), weight)
+
     def test_unknown_padding(self) -> None:
         with pytest.raises(ValueError, match="padding='full' must be 'same', 'valid', a whole number or two of them"):
             dynamic_conv2d(*draw(), padding="full")
@@ -299,13 +308,19 @@ def test_lists_are_pairs_as_in_conv2d() -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("size", [(9, 8), (40, 41)])
-def test_a_layer_is_exported_for_any_batch(size: tuple[int, int], strict: bool) -> None:
-    layer = DynamicConv2d(16, 16, 3, padding=1).eval()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("size", "options"), [((9, 8), {}), ((40, 41), {}), ((2, 2), {"groups": 16, "stride": 2}), ((1, 1), {"groups": 16})]
+)
+def test_a_layer_is_exported_for_any_batch(
+    size: tuple[int, int], options: dict[str, int], training: bool, strict: bool
+) -> None:
+    layer = DynamicConv2d(16, 16, 3, padding=1, **options).eval()
     dynamic = ({0: torch.export.Dim("batch", min=2, max=1024)},)
-    exported = torch.export.export(layer, (torch.randn(3, 16, *size),), dynamic_shapes=dynamic, strict=strict)
-    x = torch.randn(7, 16, *size)
-    assert_close(exported.module()(x), layer(x))
+    with torch.set_grad_enabled(training):
+        exported = torch.export.export(layer, (torch.randn(3, 16, *size),), dynamic_shapes=dynamic, strict=strict)
+        x = torch.randn(7, 16, *size)
+        assert_close(exported.module()(x), layer(x))
 
 
 def test_a_layer_that_was_pickled_without_a_method() -> None:

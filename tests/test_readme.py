@@ -107,8 +107,8 @@ def test_the_layer_table(name: str) -> None:
 
 def test_the_speed_table_is_of_kept_runs() -> None:
     kept: dict[tuple[str, str], str] = {}
-    for name in ("networks", "networks_one"):  # the second is newer, of one image
-        path = ROOT / f"experiments/benchmarks/results/by_glibc/{name}.json"
+    for name in ("networks_224", "networks_32"):
+        path = ROOT / f"experiments/benchmarks/results/{name}.json"
         for result in json.loads(path.read_text())["results"]["networks"]:
             network = f"{result['network']}, {result['size']} px"
             for job, column in ((result["job"], "milliseconds"), (f"memory of a {result['job']}", "MiB")):

@@ -136,8 +136,9 @@ def _torchvision(name: str, num_classes: int, channels: int, options: dict[str, 
 
 @torch.no_grad()
 def _adapt_stem(model: nn.Module, channels: int, trained: bool) -> None:
-    old: Any = model.get_submodule(first_convolution(model))
-    if old.in_channels == channels:
+    name = first_convolution(model)
+    old: Any = model.get_submodule(name)
+    if not name or old.in_channels == channels:
         return
     if trained:
         # Each new channel carries its share of the old sum, so an image with equal channels gives what it gave before.

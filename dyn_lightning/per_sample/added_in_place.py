@@ -9,7 +9,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from dyn_lightning.per_sample.tracing import is_transformed
 
 # Maps of so many numbers gain more by it than it takes.
-LARGE_MAP = 1 << 18
+LARGE_MAP = 1 << 19
 
 
 def added_in_place(input: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
     def is_depthwise(self) -> bool:
         """Whether each group has one input channel."""
-        return is_depthwise(self.weight, self.geometry)
+        return is_depthwise(self.weight, self.geometry.groups)
 
     def unfolds(self) -> bool:
         """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""

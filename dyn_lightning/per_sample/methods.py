@@ -139,15 +139,15 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
     return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
 
 
-def is_depthwise(weight: tuple[int, ...], geometry: Geometry) -> bool:
+def is_depthwise(weight: tuple[int, ...], groups: int) -> bool:
     """Tell whether each group has one input channel."""
-    return weight[2] == 1 < geometry.groups
+    return weight[2] == 1 < groups
 
 
 def are_large_maps(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether a convolution for each sample pays in channels_last: for maps also larger than the kernels."""
     maps = math.prod(input[1:]) + weight[1] * math.prod(positions(input, weight, geometry))
-    least = LARGE_DEPTHWISE_MAPS if is_depthwise(weight, geometry) else LARGE_MAPS
+    least = LARGE_DEPTHWISE_MAPS if is_depthwise(weight, geometry.groups) else LARGE_MAPS
     return maps > max(least, math.prod(weight[1:]))
 
 

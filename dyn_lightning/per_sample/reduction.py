@@ -7,12 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.methods import Geometry, Pair, is_channels_last, output_length, padding_in_numbers
+from dyn_lightning.per_sample.methods import (
+    Geometry,
+    Pair,
+    is_channels_last,
+    is_depthwise,
+    output_length,
+    padding_in_numbers,
+)
 
 # To cut kernels copies what is left of all K. That pays where at most this part is left: else the outputs of all K, as
-# they are, take less time. Of depthwise kernels, which are always mixed first, it pays with a backward pass, or if so
-# many mixed weights are saved.
-MOST_LEFT, LEAST_SAVED = 1 / 5, 100_000
+# they are, take less time (of 3x3 kernels with a stride on 2x2 maps up to 128 images). Of depthwise kernels, which are
+# always mixed first, it pays with a backward pass, or if so many weights of a sample's kernels are saved.
+MOST_LEFT, LEAST_SAVED = 1 / 5, 3_000
 
 
 class Plan(NamedTuple):
@@ -48,7 +55,7 @@ def plan_of(
     padding: Pair | str,
     distances: Pair,
     groups: int,
-    training: bool = True,
+    training: bool,
 ) -> Plan:
     """Find what is to be left out of a convolution.
 
@@ -81,7 +88,7 @@ def plan_of(
         if 0 < length < lengths[axis] and even:
             unseen[2 - 2 * axis : 4 - 2 * axis] = -first, last + 1 - lengths[axis]
             lengths[axis], padded[axis] = length, rest
-    if any(unseen) and not _pays(input[0], weight, math.prod(lengths), groups, training):
+    if any(unseen) and (input[0] == 1 or not _pays(weight, math.prod(lengths), groups, training)):
         unseen, lengths, padded = [0, 0, 0, 0], list(weight[3:]), list(sides)
     step = steps if lengths == [1, 1] and not any(padded) else (1, 1)
     steps = (1, 1) if step == steps else steps
@@ -91,9 +98,12 @@ def plan_of(
     return Plan(zeros, step, tuple(unseen) if any(unseen) else (), left, (*weight[:3], *lengths), geometry, reduces)
 
 
-def _pays(batch: int, weight: tuple[int, ...], left: int, groups: int, training: bool) -> bool:
-    """Tell whether it pays to cut kernels to so many positions; never for one sample, which mixes them once."""
+def _pays(weight: tuple[int, ...], left: int, groups: int, training: bool) -> bool:
+    """Tell whether it pays to cut kernels to so many positions; one sample mixes them once, and gains nothing.
+
+    How many samples there are is not asked: an exported network leaves it open.
+    """
     size = math.prod(weight[3:])
-    if weight[2] == 1 < groups:
-        return batch > 1 and (training or batch * weight[1] * (size - left) >= LEAST_SAVED)
-    return batch > 1 and left <= MOST_LEFT * size
+    if is_depthwise(weight, groups):
+        return training or weight[1] * (size - left) >= LEAST_SAVED
+    return left <= MOST_LEFT * size

@@ -10,14 +10,16 @@ from tests.per_sample.loop import assert_equals_the_loop, draw
 
 @pytest.mark.parametrize("method", ["auto", "grouped", "matmul", "mixture", "chunked"])
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 3), (4, 2)])
-@pytest.mark.parametrize("kernel_size", [(3, 3), (5, 2), (1, 4)])
+@pytest.mark.parametrize("kernel_size", [(3, 3), (5, 2), (1, 4), (5, 3)])
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 2, 1), (2, 2, 1), ((3, 2), (4, 3), 2), (1, "same", 2)])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_rows_and_columns_that_see_only_padding(
-    stride: Any, padding: Any, dilation: Any, kernel_size: Any, size: Any, method: str
+    stride: Any, padding: Any, dilation: Any, groups: int, kernel_size: Any, size: Any, method: str
 ) -> None:
-    tensors = draw(2, size, kernel_size)
-    assert_equals_the_loop(tensors, method, stride=stride, padding=padding, dilation=dilation)
+    shapes = ((2, 4, *size), (2, 3), (3, 8, 4 // groups, *kernel_size))
+    tensors = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert_equals_the_loop(tensors, method, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_they_are_cut_off(
     size: Any, kernel_size: int, stride: int, padding: int, kept: tuple[int, int], left: tuple[int, int]
 ) -> None:
     input, _, weight, _ = draw(2, size, (kernel_size, kernel_size))
-    plan = plan_of(input.shape, weight.shape, (stride, stride), (padding, padding), (1, 1), 1)
+    plan = plan_of(input.shape, weight.shape, (stride, stride), (padding, padding), (1, 1), 1, training=True)
     assert plan.weight[3:] == reduced(input, weight, plan)[1].shape[3:] == kept
     assert plan.geometry.padding == left
 
@@ -53,7 +55,7 @@ def test_depthwise_kernels_are_cut_where_that_saves_more_than_it_costs(
 
 def test_a_strided_1x1_convolution_sees_every_other_pixel() -> None:
     input, _, weight, _ = draw(kernel_size=(1, 1))
-    plan = plan_of(input.shape, weight.shape, (2, 3), (0, 0), (1, 1), 1)
+    plan = plan_of(input.shape, weight.shape, (2, 3), (0, 0), (1, 1), 1, training=True)
     pixels, _ = reduced(input, weight, plan)
     assert plan.geometry.stride == (1, 1)
     assert plan.input == pixels.shape

@@ -43,8 +43,8 @@ def work_of(model: nn.Module, batch: int, device: torch.device) -> dict[str, flo
     def count(name: str, layer: DynamicConv2d, inputs: tuple[Tensor, ...]) -> None:
         nonlocal mixed
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        seen = plan_of(inputs[0].shape, layer.weight.shape, *geometry).weight  # what is not padding alone
-        mixed += 0 if taken[name] == "mixture" else batch * math.prod(seen[1:])
+        computed = plan_of(inputs[0].shape, layer.weight.shape, *geometry, training=True).weight
+        mixed += 0 if taken[name] == "mixture" else batch * math.prod(computed[1:])
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv2d)}
     hooks = [layer.register_forward_pre_hook(partial(count, name)) for name, layer in layers.items()]

@@ -1,4 +1,8 @@
-"""Draw what was measured: ``python -m experiments.benchmarks.dynamic_conv.plots FOLDER``."""
+"""Draw what was measured: ``python -m experiments.benchmarks.dynamic_conv.plots FOLDER FILE.json [...]``.
+
+The files are what ``python -m experiments.benchmarks.dynamic_conv --out`` wrote; of several, of the same machine and
+settings, the results are drawn together.
+"""
 
 import json
 import sys
@@ -125,6 +129,14 @@ def _logarithmic(axis: Axes) -> None:
 PLOTS = {"networks": networks, "layers": layers, "growth": growth}
 
 
+def main(folder: str, *files: str) -> None:
+    """Draw the results of some files together."""
+    measured, *others = (json.loads(Path(file).read_text()) for file in files)
+    for other in others:
+        for part, results in other["results"].items():
+            measured["results"].setdefault(part, []).extend(results)
+    print(*draw(measured, Path(folder)), sep="\n")
+
+
 if __name__ == "__main__":
-    where = Path(sys.argv[1] if len(sys.argv) > 1 else sys.exit("name the folder"))
-    print(*draw(json.loads((where / "dynamic_conv.json").read_text()), where), sep="\n")
+    main(*(sys.argv[1:] if len(sys.argv) > 2 else sys.exit("name the folder, then the files")))
