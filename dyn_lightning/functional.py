@@ -79,11 +79,11 @@ def dynamic_conv2d(
         torch.Size([2, 6, 7, 6])
     """
     # On small maps each call in Python would be seen, so there are few before a method's own.
-    if routing.dtype != weight.dtype:
-        routing = routing.to(weight.dtype)
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        input = added_in_place(input)
+        input = added_in_place(input, routing)
+    if routing.dtype != weight.dtype:
+        routing = routing.to(weight.dtype)
     full, device = input, input.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
         input, weight, routing = _as_autocast(device, input, weight, routing)

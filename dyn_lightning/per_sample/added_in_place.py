@@ -12,15 +12,15 @@ from dyn_lightning.per_sample.tracing import is_transformed
 LARGE_MAP = 1 << 19
 
 
-def added_in_place(input: Tensor) -> Tensor:
+def added_in_place(input: Tensor, routing: Tensor) -> Tensor:
     """Give a map whose gradient has memory of its own, so that autograd adds the router's gradient to it in place.
 
-    A routed layer's input is used twice. The convolution's gradient comes first and, from samples as groups and from
-    products with the map as it is, as a view: autograd does not change what a view is of, and would take a third map
-    for the sum.
+    A routed layer's input is used twice, unless its routing weights were computed from something else, or fixed. The
+    convolution's gradient comes first and, from samples as groups and from products with the map as it is, as a view:
+    autograd does not change what a view is of, and would take a third map for the sum.
     """
-    differentiated = input.requires_grad and torch.is_grad_enabled() and not is_transformed()
-    return _OfItsOwn.apply(input) if differentiated and input.numel() >= LARGE_MAP else input
+    twice = routing.grad_fn is not None and input.requires_grad and input.numel() >= LARGE_MAP
+    return _OfItsOwn.apply(input) if twice and torch.is_grad_enabled() and not is_transformed() else input
 
 
 class _OfItsOwn(torch.autograd.Function):

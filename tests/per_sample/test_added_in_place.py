@@ -19,12 +19,18 @@ VIEWS = [  # where the convolution's gradient is a view
 ]
 
 
+def routed() -> tuple[Tensor, ...]:
+    """Draw tensors whose routing weights were computed."""
+    input, routing, *rest = draw()
+    return input, routing * 1, *rest
+
+
 @pytest.mark.parametrize(("method", "kernel_size", "groups"), VIEWS)
 def test_the_routers_gradient_is_added_in_place(
     method: str, kernel_size: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = DynamicConv2d(16, 16, kernel_size, padding=kernel_size // 2, groups=groups, method=method)
-    x = torch.randn(4, 16, 64, 64, requires_grad=True)
+    x = torch.randn(8, 16, 64, 64, requires_grad=True)
 
     def additions() -> list[str]:
         x.grad = None
@@ -39,9 +45,13 @@ def test_the_routers_gradient_is_added_in_place(
     assert additions() == ["aten::add"]
 
 
-def test_a_small_map_is_left_alone() -> None:
-    x = torch.randn(4, 16, 8, 8, requires_grad=True)
-    assert added_in_place.added_in_place(x) is x
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_small_map_and_one_that_is_used_once_are_left_alone(size: int, routed: bool) -> None:
+    x = torch.randn(8, 16, size, size, requires_grad=True)
+    routing = torch.randn(8, 4, requires_grad=True)
+    found = added_in_place.added_in_place(x, routing.softmax(1) if routed else routing)
+    assert (found is x) == (size == 8 or not routed)
 
 
 class TestAllMaps:
@@ -49,12 +59,12 @@ class TestAllMaps:
     def _all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(added_in_place, "LARGE_MAP", 0)
         x = torch.ones(1, requires_grad=True)
-        assert added_in_place.added_in_place(x) is not x
+        assert added_in_place.added_in_place(x, x * 2) is not x
 
     @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
     @pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}])
     def test_equals_the_loop(self, method: str, geometry: dict[str, Any]) -> None:
-        assert_equals_the_loop(draw(), method, **geometry)
+        assert_equals_the_loop(routed(), method, **geometry)
 
     @pytest.mark.parametrize("build", [CondConv2d, DynamicConv2d])
     def test_with_a_shortcut_and_what_is_kept_of_gradients(self, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +111,15 @@ class TestAllMaps:
 
     def test_second_derivatives(self) -> None:
         tensors = draw(2, (4, 3))
-        assert torch.autograd.gradcheck(lambda *t: dynamic_conv2d(*t, padding=1), tensors)
-        assert torch.autograd.gradgradcheck(lambda *t: dynamic_conv2d(*t, padding=1), tensors)
+
+        def convolve(input: Tensor, routing: Tensor, *rest: Tensor) -> Tensor:
+            return dynamic_conv2d(input, routing * 1, *rest, padding=1)
+
+        assert torch.autograd.gradcheck(convolve, tensors)
+        assert torch.autograd.gradgradcheck(convolve, tensors)
 
     def test_several_cotangents_and_checkpoints(self) -> None:
-        tensors = draw()
+        tensors = routed()
         y = dynamic_conv2d(*tensors)
         cotangents = torch.randn(3, *y.shape, dtype=y.dtype)
         together = torch.autograd.grad(y, tensors, cotangents, is_grads_batched=True, retain_graph=True)
@@ -130,6 +144,6 @@ class TestAllMaps:
             return dynamic_conv2d(image[None], row[None], weight).square().sum()
 
         each = torch.func.vmap(torch.func.grad(energy))(input, routing)
-        input.requires_grad_()
-        (expected,) = torch.autograd.grad(dynamic_conv2d(input, routing, weight).square().sum(), input)
+        shares = routing.requires_grad_() * 1
+        (expected,) = torch.autograd.grad(dynamic_conv2d(input.requires_grad_(), shares, weight).square().sum(), input)
         assert_close(each, expected)
