@@ -1,7 +1,7 @@
 """Draw what was measured: ``python -m experiments.benchmarks.dynamic_conv.plots FOLDER FILE.json [...]``.
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv --out`` wrote; of several, of the same machine and
-settings, the results are drawn together.
+settings, the results are drawn together, each from the last file that has it.
 """
 
 import json
@@ -131,11 +131,18 @@ PLOTS = {"networks": networks, "layers": layers, "growth": growth}
 
 def main(folder: str, *files: str) -> None:
     """Draw the results of some files together."""
-    measured, *others = (json.loads(Path(file).read_text()) for file in files)
-    for other in others:
-        for part, results in other["results"].items():
-            measured["results"].setdefault(part, []).extend(results)
-    print(*draw(measured, Path(folder)), sep="\n")
+    runs = [json.loads(Path(file).read_text()) for file in files]
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for part, results in run["results"].items():
+            found.setdefault(part, {}).update({_what(result): result for result in results})
+    together = {part: list(results.values()) for part, results in found.items()}
+    print(*draw({**runs[0], "results": together}, Path(folder)), sep="\n")
+
+
+def _what(result: dict[str, Any]) -> str:
+    """Say what was measured, without what came out."""
+    return json.dumps({name: value for name, value in result.items() if name not in ("milliseconds", "MiB", "work")})
 
 
 if __name__ == "__main__":
