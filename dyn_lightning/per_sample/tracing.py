@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-MOST_REMEMBERED = 4096
+MOST_REMEMBERED = 4096  # sets of arguments; what comes after them begins anew
 
 
 def remembered(function: Function) -> Function:
