@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from dyn_lightning.per_sample.methods import Pair
+from dyn_lightning.per_sample.geometry import Pair
 
 
 def check_batched(shape: torch.Size) -> None:

@@ -18,7 +18,7 @@ from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.choice import FETCHED_COSTS, KEPT_COSTS, Costs, mixed_first
-from dyn_lightning.per_sample.methods import Geometry
+from dyn_lightning.per_sample.geometry import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
 from experiments.benchmarks.dynamic_conv.fit_costs import fit, lines

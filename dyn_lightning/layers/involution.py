@@ -22,7 +22,7 @@ from dyn_lightning.conv2d import (
     under_kernels,
     with_kernel_size,
 )
-from dyn_lightning.per_sample.methods import padding_in_numbers
+from dyn_lightning.per_sample.geometry import padding_in_numbers
 
 
 class Involution2d(nn.Module):

@@ -6,8 +6,9 @@ import os
 from torch import Tensor
 
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.chunked import CACHED_BYTES, chunked, chunked_rows
-from dyn_lightning.per_sample.methods import Geometry, Method, grouped, matmul, mixture
+from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunked, chunked_rows
+from dyn_lightning.per_sample.geometry import Geometry
+from dyn_lightning.per_sample.methods import Method, grouped, matmul, mixture
 
 
 def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -45,5 +46,6 @@ def run(method: str, input: Tensor, routing: Tensor, weight: Tensor, case: Case)
         return METHODS[method](input, routing, weight, case.geometry)
     rows = case.has_room_for_rows()
     room = case.allowed() - (case.bytes_of_rows() if rows else 0)
-    limit = min(CACHED_BYTES, room) if case.device == "cpu" else room
+    cached = CACHED_BYTES if case.input[0] > 1 else CACHED_BYTES_OF_ONE
+    limit = min(cached, room) if case.device == "cpu" else room
     return (chunked_rows if rows else chunked)(input, routing, weight, case.geometry, limit)

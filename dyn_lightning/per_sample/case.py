@@ -5,14 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from dyn_lightning.per_sample.methods import (
-    Geometry,
-    are_large_maps,
-    is_depthwise,
-    mixes_rows,
-    multiplies,
-    positions,
-)
+from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
+from dyn_lightning.per_sample.methods import are_large_maps, mixes_rows, multiplies
 from dyn_lightning.per_sample.reduction import Plan
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 

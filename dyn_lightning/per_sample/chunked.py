@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn_lightning.per_sample.depthwise import has_slow_gradient, kernels_gradient
+from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.methods import (
-    Geometry,
     are_large_maps,
     convolve_each,
     empty_map,
@@ -22,7 +23,6 @@ from dyn_lightning.per_sample.methods import (
     grouped,
     is_channels_last,
     multiplies,
-    positions,
     unfolded,
 )
 from dyn_lightning.per_sample.operation import operation
@@ -31,8 +31,9 @@ from dyn_lightning.per_sample.operation import operation
 # each chunk reads all K kernels of its channels; convolutions, and products, of fewer channels than the least would not
 # fill the processor.
 WANTED_SAMPLES, LEAST_CHANNELS, LEAST_OF_PRODUCTS = 16, 64, 32
-# On a CPU a chunk's kernels, input and output should stay in the cache.
-CACHED_BYTES = 8 << 20
+# On a CPU a chunk's kernels, input and output should stay in the cache. One sample's kernels are mixed in smaller
+# parts, which stay with the process where larger ones would be fetched from the system anew.
+CACHED_BYTES, CACHED_BYTES_OF_ONE = 16 << 20, 8 << 20
 
 
 def chunked(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int = CACHED_BYTES) -> Tensor:
@@ -182,16 +183,29 @@ def _multiply_into(total: Tensor, left: Tensor, right: Tensor, add: bool = False
 
 def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
     grad, input, kernels, total = chunk
-    stride, padding, dilation, groups = geometry
-    samples = len(input)
+    samples, (stride, padding, dilation, groups) = len(input), geometry
     if samples > 1:
         grad, input = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
-    settings = (None, stride, padding, dilation, False, (0, 0), samples * groups, (*mask, False))
-    part, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, kernels.flatten(0, 1), *settings)
+    together, flat = Geometry(stride, padding, dilation, samples * groups), kernels.flatten(0, 1)
+    apart = mask[1] and has_slow_gradient(input, flat, together)
+    settings = (
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        (0, 0),
+        samples * groups,
+        (mask[0], mask[1] and not apart, False),
+    )
+    part, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, flat, *settings)
     if mask[0] and add:
         total += part.view(total.shape)
     elif mask[0]:
         total.copy_(part.view(total.shape))
+    del part  # before there is a padded input
+    if apart:
+        kernels_grad = kernels_gradient(grad, input, flat, together)
     return kernels_grad.view(kernels.shape) if mask[1] else None
 
 

@@ -7,15 +7,15 @@ y x output rows and columns, p position (y and x as one axis).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyn_lightning.per_sample.depthwise import convolve
+from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.tracing import in_function_transform
 
-Pair = tuple[int, int]
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
 FEW_POSITIONS = 4
@@ -23,46 +23,6 @@ FEW_POSITIONS = 4
 # samples as groups cannot keep that layout, since their channels would have to lie one after the other, and as groups
 # depthwise convolutions are slow besides. Measured: faster from 401,408 on, depthwise from 94,080.
 LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 250_000, 1 << 16
-
-
-class Geometry(NamedTuple):
-    """What ``F.conv2d`` takes after the bias, in its order."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-
-def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Give the rows and columns of a convolution's output, as ``nn.Conv2d`` has them.
-
-    Example:
-        >>> output_size((15, 7), (3, 3), (2, 2), (1, 1), (1, 1))
-        (8, 4)
-    """
-    rows, columns = (output_length(size[i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    return rows, columns
-
-
-def output_length(size: int, length: int, step: int, zeros: int, distance: int) -> int:
-    """Give the output's length along one axis."""
-    return (size + 2 * zeros - distance * (length - 1) - 1) // step + 1
-
-
-def padding_in_numbers(
-    input: tuple[int, ...], padding: Pair | str, kernel_size: Pair, stride: Pair, dilation: Pair
-) -> tuple[tuple[int, ...], Pair]:
-    """Turn "same" and "valid" into numbers: what one side has more of, for ``F.pad``, and what both sides have."""
-    if not isinstance(padding, str):
-        return (), padding
-    if padding == "valid":
-        return (), (0, 0)
-    rows, columns = (
-        max(0, (math.ceil(size / step) - 1) * step + distance * (length - 1) + 1 - size)
-        for size, length, step, distance in zip(input[2:], kernel_size, stride, dilation, strict=True)
-    )
-    return (0, columns % 2, 0, rows % 2) if rows % 2 or columns % 2 else (), (rows // 2, columns // 2)
 
 
 def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
@@ -76,7 +36,7 @@ def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """
     batch, (stride, padding, dilation, groups) = input.shape[0], geometry
     together = input.reshape(1, -1, *input.shape[2:])
-    output = F.conv2d(together, kernels, None, stride, padding, dilation, batch * groups)
+    output = convolve(together, kernels, Geometry(stride, padding, dilation, batch * groups))
     return output.view(batch, -1, *output.shape[2:])
 
 
@@ -139,22 +99,11 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
     return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
 
 
-def is_depthwise(weight: tuple[int, ...], groups: int) -> bool:
-    """Tell whether each group has one input channel."""
-    return weight[2] == 1 < groups
-
-
 def are_large_maps(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether a convolution for each sample pays in channels_last: for maps also larger than the kernels."""
     maps = math.prod(input[1:]) + weight[1] * math.prod(positions(input, weight, geometry))
     least = LARGE_DEPTHWISE_MAPS if is_depthwise(weight, geometry.groups) else LARGE_MAPS
     return maps > max(least, math.prod(weight[1:]))
-
-
-def positions(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> Pair:
-    """Give the output's rows and columns, for an input ``(..., H, W)`` and weights ``(..., kH, kW)``."""
-    stride, padding, dilation, _ = geometry
-    return output_size((input[-2], input[-1]), (weight[-2], weight[-1]), stride, padding, dilation)
 
 
 def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tensor:

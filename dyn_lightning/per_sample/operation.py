@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dyn_lightning.per_sample.methods import Geometry, Method, empty_output, positions
+from dyn_lightning.per_sample.geometry import Geometry, positions
+from dyn_lightning.per_sample.methods import Method, empty_output
 from dyn_lightning.per_sample.tracing import is_transformed
 
 Numbers = list[int]

@@ -55,3 +55,8 @@ def in_strict_export() -> bool:
 def in_traced_export() -> bool:
     """Tell whether ``torch.export.export(..., strict=False)`` runs, or another tracer that sees an example."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def in_export() -> bool:
+    """Tell whether a network is exported in either way: sizes may be left open, and there is no backward pass."""
+    return in_strict_export() or in_traced_export()

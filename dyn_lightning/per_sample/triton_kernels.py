@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyn_lightning.per_sample.methods import Geometry, empty_output, grouped, positions
+from dyn_lightning.per_sample.geometry import Geometry, positions
+from dyn_lightning.per_sample.methods import empty_output, grouped
 from dyn_lightning.per_sample.operation import operation
 
 CHANNELS, POSITIONS = 32, 64  # of a tile

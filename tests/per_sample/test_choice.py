@@ -7,8 +7,8 @@ from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample.chunked import CACHED_BYTES, chunk_size
-from dyn_lightning.per_sample.methods import Geometry
+from dyn_lightning.per_sample.chunked import CACHED_BYTES_OF_ONE, chunk_size
+from dyn_lightning.per_sample.geometry import Geometry
 from tests.tolerances import assert_close
 
 PADDED: dict[str, Any] = {"padding": 1}
@@ -120,7 +120,7 @@ def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:
     image = torch.empty(1, 256, 14, 14)
     assert choose_method(image, weight, padding=1) == "grouped"
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
-    assert chunk_size(image, weight, geometry, CACHED_BYTES) == (3, 256)
+    assert chunk_size(image, weight, geometry, CACHED_BYTES_OF_ONE) == (3, 256)
 
 
 def test_an_exported_network_of_one_image_has_no_operation_of_ours() -> None:

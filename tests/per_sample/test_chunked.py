@@ -11,7 +11,7 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import by_name, case
 from dyn_lightning.per_sample import chunked as module
 from dyn_lightning.per_sample.chunked import chunk_size, chunked, chunked_rows
-from dyn_lightning.per_sample.methods import Geometry
+from dyn_lightning.per_sample.geometry import Geometry
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw
 from tests.tolerances import assert_close

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyn_lightning.per_sample.methods import Geometry, matmul, mix_kernels, output_size
+from dyn_lightning.per_sample.geometry import Geometry, output_size
+from dyn_lightning.per_sample.methods import matmul, mix_kernels
 from tests.contract import GEOMETRIES
 
 
