@@ -187,7 +187,7 @@ def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool,
     if samples > 1:
         grad, input = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
     together, flat = Geometry(stride, padding, dilation, samples * groups), kernels.flatten(0, 1)
-    apart = mask[1] and has_slow_gradient(input, flat, together)
+    apart = mask[1] and has_slow_gradient(input.shape, flat.shape, together, input.device.type)
     settings = (
         None,
         stride,

@@ -24,20 +24,20 @@ NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, where its gradient is slow with a gradient of our own."""
-    trained = kernels.requires_grad and torch.is_grad_enabled()
-    if trained and not (is_transformed() or in_export()) and has_slow_gradient(input, kernels, geometry):
+    trained = kernels.requires_grad and torch.is_grad_enabled() and not (is_transformed() or in_export())
+    if trained and has_slow_gradient(input.shape, kernels.shape, geometry, input.device.type):
         return _Convolution.apply(input, kernels, geometry)
     return F.conv2d(input, kernels, None, *geometry)
 
 
-def has_slow_gradient(input: Tensor, kernels: Tensor, geometry: Geometry) -> bool:
-    """Tell whether torch's gradient of these kernels is slower than ours: ``input`` and ``kernels`` as below."""
-    channels, depth, height, width = kernels.shape
-    if channels != geometry.groups or depth > 1 or geometry.dilation != (1, 1) or input.device.type != "cpu":
+def has_slow_gradient(input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry, device: str) -> bool:
+    """Tell whether torch's gradient of kernels is slower than ours, from the shapes that ``kernels_gradient`` takes."""
+    channels, depth, height, width = kernels
+    if channels != geometry.groups or depth > 1 or geometry.dilation != (1, 1) or device != "cpu":
         return False
     if width <= MOST_COLUMNS and not _has_many_zeros(input, kernels, geometry):
         return False
-    places = math.prod(positions(input.shape, kernels.shape, geometry))
+    places = math.prod(positions(input, kernels, geometry))
     return channels * (places * height * width + NUMBERS_A_CHANNEL) >= LEAST_NUMBERS
 
 
@@ -54,7 +54,7 @@ def kernels_gradient(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geo
         The shape of the kernels.
     """
     (above, left), (down, right), size = geometry.padding, geometry.stride, input.shape[2:]
-    if _has_many_zeros(input, kernels, geometry):
+    if _has_many_zeros(input.shape, kernels.shape, geometry):
         below = (grad.shape[2] - 1) * down + kernels.shape[2] - above - size[0]
         input, above = F.pad(input, (0, 0, above, below)), 0
     settings = (None, geometry.stride, (above, 0), (1, 1), False, (0, 0), geometry.groups, (False, True, False))
@@ -70,11 +70,11 @@ def kernels_gradient(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geo
     return torch.cat(found, 3)
 
 
-def _has_many_zeros(input: Tensor, kernels: Tensor, geometry: Geometry) -> bool:
+def _has_many_zeros(input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether there are as many rows of zeros, above and below the input, as there are rows of the output."""
-    rows, _ = positions(input.shape, kernels.shape, geometry)
+    rows, _ = positions(input, kernels, geometry)
     above = geometry.padding[0]
-    below = (rows - 1) * geometry.stride[0] + kernels.shape[2] - above - input.shape[2]
+    below = (rows - 1) * geometry.stride[0] + kernels[2] - above - input[2]
     return rows <= above + max(0, below)
 
 

@@ -180,6 +180,8 @@ class TestMemory:
             ((64, 64, 4, 4), (4, 64, 32, 3, 3), {"padding": 1, "groups": 2}, False, 1_100_000),
             ((32, 512, 2, 2), (4, 16, 512, 1, 1), {}, False, 40_000),
             ((32, 512, 1, 1), (4, 64, 512, 1, 1), {}, True, 300_000),
+            ((32, 64, 14, 14), (4, 64, 1, 5, 5), {"padding": 2, "groups": 64}, True, 3 * 10**6),  # its input is padded
+            ((32, 64, 14, 14), (4, 64, 1, 5, 5), {"padding": 2, "groups": 64}, True, 10**6),
         ],
     )
     def test_no_more_than_is_allowed(
