@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.depthwise import has_slow_gradient, kernels_gradient
+from dyn_lightning.per_sample.depthwise import gradients, padded_numbers
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.methods import (
     are_large_maps,
@@ -61,7 +61,8 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
     """Give how many samples at most, and how many output channels, have their kernels mixed at a time."""
     rows, columns = positions(input.shape, weight.shape, geometry)
     kernel, place = weight[0, 0].numel() * weight.element_size(), rows * columns * input.element_size()
-    pixels = input.shape[1:].numel() * input.element_size()
+    padded = padded_numbers(input.shape, weight.shape, geometry, input.element_size(), input.device.type)
+    pixels = max(input.shape[1:].numel(), padded) * input.element_size()
     is_product = multiplies(weight.shape, geometry)
     if is_product:  # a product reads a map that is dense, and writes one where it belongs, if it is a whole one
         pixels = 0 if input.is_contiguous() or is_channels_last(input) else pixels
@@ -186,27 +187,13 @@ def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool,
     samples, (stride, padding, dilation, groups) = len(input), geometry
     if samples > 1:
         grad, input = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
-    together, flat = Geometry(stride, padding, dilation, samples * groups), kernels.flatten(0, 1)
-    apart = mask[1] and has_slow_gradient(input.shape, flat.shape, together, input.device.type)
-    settings = (
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        (0, 0),
-        samples * groups,
-        (mask[0], mask[1] and not apart, False),
-    )
-    part, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, flat, *settings)
-    if mask[0] and add:
+    together = Geometry(stride, padding, dilation, samples * groups)
+    part, kernels_grad = gradients(grad, input, kernels.flatten(0, 1), together, mask)
+    if part is not None and add:
         total += part.view(total.shape)
-    elif mask[0]:
+    elif part is not None:
         total.copy_(part.view(total.shape))
-    del part  # before there is a padded input
-    if apart:
-        kernels_grad = kernels_gradient(grad, input, flat, together)
-    return kernels_grad.view(kernels.shape) if mask[1] else None
+    return kernels_grad.view(kernels.shape) if kernels_grad is not None else None
 
 
 def _convolve_one_by_one_backward(

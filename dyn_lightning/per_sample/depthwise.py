@@ -2,8 +2,8 @@
 
 oneDNN, which computes torch's convolutions there, has a fast one for kernels of up to 3 columns, if the output has more
 rows than there are rows of zeros around the input. Elsewhere, for 5x5 kernels and for 3x3 kernels on 2x2 maps, it
-unfolds each channel, which takes 2 to 8 times as long. Here kernels are taken apart into some of up to 3 columns, each
-with the part of the padded input that it sees.
+unfolds each channel, which takes 2 to 8 times as long. Here kernels are taken apart into pieces of up to 3 columns,
+each with the part of the padded input that it sees.
 """
 
 import math
@@ -16,24 +16,31 @@ from torch import Tensor
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.tracing import in_export, is_transformed
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 MOST_COLUMNS = 3
-# Torch's takes as long as so many numbers of the unfolded input do, besides these, for each channel. For fewer than the
-# least in all, to take kernels apart takes longer.
+# oneDNN has no float64 and no complex numbers; torch computes these channel by channel, each piece anew.
+MOST_BYTES = 4
+# The time of torch's gradient grows as the numbers of the unfolded input and this many for each channel do. Below the
+# least in all, to take kernels apart costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, where its gradient is slow with a gradient of our own."""
     trained = kernels.requires_grad and torch.is_grad_enabled() and not (is_transformed() or in_export())
-    if trained and has_slow_gradient(input.shape, kernels.shape, geometry, input.device.type):
+    if trained and _is_slow(input, kernels, geometry):
         return _Convolution.apply(input, kernels, geometry)
     return F.conv2d(input, kernels, None, *geometry)
 
 
-def has_slow_gradient(input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry, device: str) -> bool:
-    """Tell whether torch's gradient of kernels is slower than ours, from the shapes that ``kernels_gradient`` takes."""
+def has_slow_gradient(
+    input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry, bytes_each: int, device: str
+) -> bool:
+    """Tell whether torch's gradient of kernels is slower than ours, from the shapes that ``gradients`` takes."""
     channels, depth, height, width = kernels
-    if channels != geometry.groups or depth > 1 or geometry.dilation != (1, 1) or device != "cpu":
+    if channels != geometry.groups or depth > 1 or geometry.dilation != (1, 1):
+        return False
+    if device != "cpu" or bytes_each > MOST_BYTES or not HAS_ONEDNN:
         return False
     if width <= MOST_COLUMNS and not _has_many_zeros(input, kernels, geometry):
         return False
@@ -41,33 +48,74 @@ def has_slow_gradient(input: tuple[int, ...], kernels: tuple[int, ...], geometry
     return channels * (places * height * width + NUMBERS_A_CHANNEL) >= LEAST_NUMBERS
 
 
-def kernels_gradient(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Compute the gradient of depthwise kernels without dilation.
-
-    Args:
-        grad: ``(1, C, H', W')``, of the output.
-        input: ``(1, C, H, W)``.
-        kernels: ``(C, 1, kH, kW)``.
-        geometry: of the convolution, whose groups are C.
+def padded_numbers(
+    input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, bytes_each: int, device: str
+) -> int:
+    """Count the numbers of a sample's padded input that a piece sees, of ``(B, C_in, H, W)`` and the K kernels.
 
     Returns:
-        The shape of the kernels.
+        0 where torch's gradient is taken.
     """
+    stride, padding, dilation, groups = geometry
+    samples, out_channels, *kernel = input[0], *weight[1:]
+    together = Geometry(stride, padding, dilation, samples * groups)
+    shapes = (1, samples * input[1], *input[2:]), (samples * out_channels, *kernel)
+    if not has_slow_gradient(*shapes, together, bytes_each, device):
+        return 0
+    rows, columns = positions(input, weight, geometry)
+    height = (rows - 1) * stride[0] + weight[3] if _has_many_zeros(*shapes, geometry) else input[2]
+    return input[1] * height * ((columns - 1) * stride[1] + min(weight[4], MOST_COLUMNS))
+
+
+def gradients(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute a convolution's gradients, that of kernels in our own way where torch's is slow.
+
+    Args:
+        grad: ``(1, C_out, H', W')``, of the output.
+        input: ``(1, C_in, H, W)``.
+        kernels: ``(C_out, C_in / groups, kH, kW)``.
+        geometry: of the convolution.
+        wanted: whether the gradient of the input is wanted, and that of the kernels.
+
+    Returns:
+        What is wanted, in the shapes of input and kernels.
+    """
+    stride, padding, dilation, groups = geometry
+    settings = (None, stride, padding, dilation, False, (0, 0), groups)
+    apart = wanted[1] and _is_slow(input, kernels, geometry)
+    kernels_grad = _by_pieces(grad, input, kernels, geometry) if apart else None
+    if apart and not wanted[0]:
+        return None, kernels_grad
+    mask = (wanted[0], wanted[1] and not apart, False)
+    input_grad, whole, _ = torch.ops.aten.convolution_backward(grad, input, kernels, *settings, mask)
+    return input_grad, kernels_grad if apart else whole
+
+
+def _by_pieces(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Compute the gradient of depthwise kernels without dilation."""
     (above, left), (down, right), size = geometry.padding, geometry.stride, input.shape[2:]
+    by_hand = (0, 0)  # rows of zeros, above and below
     if _has_many_zeros(input.shape, kernels.shape, geometry):
-        below = (grad.shape[2] - 1) * down + kernels.shape[2] - above - size[0]
-        input, above = F.pad(input, (0, 0, above, below)), 0
+        by_hand = above, (grad.shape[2] - 1) * down + kernels.shape[2] - above - size[0]
+        above = 0
     settings = (None, geometry.stride, (above, 0), (1, 1), False, (0, 0), geometry.groups, (False, True, False))
     found, first = [], -left
-    for part in kernels.tensor_split(math.ceil(kernels.shape[3] / MOST_COLUMNS), 3):
-        last = first + (grad.shape[3] - 1) * right + part.shape[3]
-        if last <= 0 or first >= size[1]:
-            found.append(torch.zeros_like(part))
+    for piece in kernels.tensor_split(-(-kernels.shape[3] // MOST_COLUMNS), 3):
+        last = first + (grad.shape[3] - 1) * right + piece.shape[3]
+        if last <= 0 or first >= size[1] or size[0] + by_hand[1] <= 0:  # it sees zeros alone
+            found.append(torch.zeros_like(piece))
         else:
-            seen = F.pad(input, (-first, last - size[1]))
-            found.append(torch.ops.aten.convolution_backward(grad, seen, part, *settings)[1])
-        first += part.shape[3]
-    return torch.cat(found, 3)
+            seen = F.pad(input, (-first, last - size[1], *by_hand))
+            found.append(torch.ops.aten.convolution_backward(grad, seen, piece, *settings)[1])
+            del seen  # before the next one is made
+        first += piece.shape[3]
+    return torch.cat(found, 3) if len(found) > 1 else found[0]
+
+
+def _is_slow(input: Tensor, kernels: Tensor, geometry: Geometry) -> bool:
+    return has_slow_gradient(input.shape, kernels.shape, geometry, input.dtype.itemsize, input.device.type)
 
 
 def _has_many_zeros(input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry) -> bool:
@@ -88,9 +136,4 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # by operations that have gradients themselves
         input, kernels = ctx.saved_tensors
-        input_grad = None
-        if ctx.needs_input_grad[0]:
-            stride, padding, dilation, groups = ctx.geometry
-            settings = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
-            input_grad = torch.ops.aten.convolution_backward(grad, input, kernels, *settings)[0]
-        return input_grad, kernels_gradient(grad, input, kernels, ctx.geometry), None
+        return *gradients(grad, input, kernels, ctx.geometry, ctx.needs_input_grad[:2]), None

@@ -58,5 +58,5 @@ def in_traced_export() -> bool:
 
 
 def in_export() -> bool:
-    """Tell whether a network is exported in either way: sizes may be left open, and there is no backward pass."""
+    """Tell whether a network is exported in either way, with sizes that may be left open."""
     return in_strict_export() or in_traced_export()

@@ -2,12 +2,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample.chunked import CACHED_BYTES_OF_ONE, chunk_size
+from dyn_lightning.per_sample import by_name
+from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
 from dyn_lightning.per_sample.geometry import Geometry
 from tests.tolerances import assert_close
 
@@ -123,6 +125,21 @@ def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:
     assert chunk_size(image, weight, geometry, CACHED_BYTES_OF_ONE) == (3, 256)
 
 
+def test_what_chunks_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def note(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
+        limits.append(limit)
+        return chunked(input, routing, weight, geometry, limit)
+
+    monkeypatch.setattr(by_name, "chunked", note)
+    for images in (1, 2):
+        tensors = torch.randn(images, 4, 9, 9), torch.rand(images, 2), torch.randn(2, 4, 4, 3, 3)
+        dynamic_conv2d(*tensors, method="chunked")
+        dynamic_conv2d(*tensors, method="chunked", max_mixed_bytes=10_000)
+    assert limits == [CACHED_BYTES_OF_ONE, 10_000, CACHED_BYTES, 10_000]
+
+
 def test_an_exported_network_of_one_image_has_no_operation_of_ours() -> None:
     layer = DynamicConv2d(256, 512, 3, padding=1, num_kernels=4).eval()
     image = (torch.randn(1, 256, 14, 14),)
@@ -182,6 +199,8 @@ class TestMemory:
             ((32, 512, 1, 1), (4, 64, 512, 1, 1), {}, True, 300_000),
             ((32, 64, 14, 14), (4, 64, 1, 5, 5), {"padding": 2, "groups": 64}, True, 3 * 10**6),  # its input is padded
             ((32, 64, 14, 14), (4, 64, 1, 5, 5), {"padding": 2, "groups": 64}, True, 10**6),
+            ((32, 576, 2, 2), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, True, 2 * 10**6),
+            ((32, 240, 4, 4), (4, 240, 1, 5, 5), {"padding": 2, "groups": 240}, True, 2 * 10**6),
         ],
     )
     def test_no_more_than_is_allowed(

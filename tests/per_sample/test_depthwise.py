@@ -1,19 +1,23 @@
 """The gradient of depthwise kernels against torch's, which it stands in for."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import depthwise
-from dyn_lightning.per_sample.depthwise import convolve, has_slow_gradient, kernels_gradient
-from dyn_lightning.per_sample.geometry import Geometry
+from dyn_lightning.per_sample.depthwise import convolve, has_slow_gradient, padded_numbers
+from dyn_lightning.per_sample.geometry import Geometry, Pair
+from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
 
-CHANNELS = 3
 # Kernel's rows and columns, stride, padding, the map's rows and columns.
 SHAPES = [
     ((5, 5), (1, 1), (2, 2), (7, 6)),
@@ -23,72 +27,139 @@ SHAPES = [
     ((3, 3), (1, 1), (1, 1), (2, 2)),
     ((3, 3), (2, 2), (1, 1), (3, 3)),
     ((7, 7), (3, 2), (6, 0), (5, 12)),
-    ((2, 9), (1, 1), (0, 4), (2, 1)),
+    ((2, 9), (1, 1), (0, 4), (2, 1)),  # pieces that see zeros alone
+    ((3, 3), (7, 7), (4, 4), (1, 1)),  # the rows of all pieces do
+    ((1, 5), (5, 5), (2, 2), (1, 3)),
 ]
+SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
 
 
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small maps have the gradient too."""
-    monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
+@pytest.fixture(autouse=True)
+def _always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small maps have the gradient too, and numbers of 8 bytes."""
+    if "where" not in request.node.name:
+        monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
+        monkeypatch.setattr(depthwise, "MOST_BYTES", 8)
 
 
-def _tensors(kernel: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def draw(batch: int = 3, dtype: torch.dtype = torch.float64, columns: int = 5) -> tuple[Tensor, ...]:
+    """Draw input, routing, weight and bias of a depthwise convolution: 4 channels, 3 kernels."""
     torch.manual_seed(0)
-    return (
-        torch.randn(1, CHANNELS, *size, dtype=torch.float64, requires_grad=True),
-        torch.randn(CHANNELS, 1, *kernel, dtype=torch.float64, requires_grad=True),
-    )
+    shapes = (batch, 4, 7, 6), (batch, 3), (3, 4, 1, 3, columns), (3, 4)
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+
+
+def backward_calls(function: Callable[[], Any]) -> int:
+    """Count the convolutions' backward passes: one in torch's way, one for the input and for each piece in ours."""
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    return sum(event.name == "aten::convolution_backward" for event in profile.function_events)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "size"), SHAPES)
-def test_equals_torchs(
-    always: None, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
-) -> None:
-    x, kernels = _tensors(kernel, size)
-    geometry = Geometry(stride, padding, (1, 1), CHANNELS)
-    assert has_slow_gradient(x.shape, kernels.shape, geometry, "cpu")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_equals_torchs(kernel: Pair, stride: Pair, padding: Pair, size: Pair, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    kernels = torch.randn(3, 1, *kernel, dtype=torch.float64, requires_grad=True)
+    geometry = Geometry(stride, padding, (1, 1), 3)
     expected = F.conv2d(x, kernels, None, *geometry)
-    output, cotangent = convolve(x, kernels, geometry), torch.randn_like(expected)
-    assert "_Convolution" in type(output.grad_fn).__name__
-    torch.testing.assert_close(output, expected, rtol=0, atol=0)
-    ours, theirs = (torch.autograd.grad(y, (x, kernels), cotangent) for y in (output, expected))
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(kernels_gradient(cotangent, x, kernels, geometry), theirs[1])
+    y, cotangent = convolve(x, kernels, geometry), torch.randn_like(expected)
+    assert "_Convolution" in type(y.grad_fn).__name__
+    assert_close(y, expected)
+    assert_close(*(torch.autograd.grad(out, (x, kernels), cotangent, retain_graph=True) for out in (y, expected)))
+    for one in (x, kernels):
+        assert_close(*(torch.autograd.grad(out, one, cotangent, retain_graph=True)[0] for out in (y, expected)))
 
 
-def test_derivatives_of_any_order(always: None) -> None:
-    x, kernels = _tensors((3, 5), (4, 5))
-    geometry = Geometry((1, 2), (1, 2), (1, 1), CHANNELS)
-    function = lambda x, kernels: convolve(x, kernels, geometry)  # noqa: E731
-    assert gradcheck(function, (x, kernels))
+def test_derivatives_of_any_order() -> None:
+    x, _, weight, _ = draw()
+    x, kernels = x[:1, :, :3, :4].detach().requires_grad_(), weight[0].detach().requires_grad_()
+    geometry = Geometry((1, 2), (1, 2), (1, 1), 4)
+
+    def function(x: Tensor, kernels: Tensor) -> Tensor:
+        return convolve(x, kernels, geometry)
+
+    assert gradcheck(function, (x, kernels), check_batched_grad=True)
     assert gradgradcheck(function, (x, kernels))
     assert gradcheck(function, (x.detach(), kernels))
-    assert gradcheck(function, (x, kernels), check_batched_grad=True)
 
 
 @pytest.mark.parametrize("method", ["grouped", "chunked"])
-def test_of_mixed_kernels(method: str) -> None:
+class TestMixedKernels:
+    def test_equal_a_loop(self, method: str) -> None:
+        for limit in (1, 1 << 20):
+            assert_equals_the_loop(draw(), method, limit, **SMALL)
+
+    def test_images_without_a_gradient(self, method: str) -> None:
+        tensors = draw()
+        leaves = tensors[1:3]
+        outputs = (function(tensors[0].detach(), *leaves, **SMALL) for function in (_by(method), loop))
+        assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y in outputs))
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
+    def test_transforms(self, method: str) -> None:
+        x, routing, weight, _ = (tensor.detach() for tensor in draw())
+        for take in (torch.func.grad, torch.func.hessian):
+            found, expected = (
+                take(lambda shares, f=f: f(x, shares, weight, **SMALL).square().sum())(routing)
+                for f in (_by(method), loop)
+            )
+            assert_close(found, expected)
+        tangent = (torch.randn_like(weight),)
+        found, expected = (
+            torch.func.jvp(lambda w, f=f: f(x, routing, w, **SMALL), (weight,), tangent) for f in (_by(method), loop)
+        )
+        assert_close(found, expected)
+
+    def test_complex_numbers(self, method: str) -> None:
+        tensors = draw(dtype=torch.complex128)
+        outputs = [function(*tensors, **SMALL) for function in (_by(method), loop)]
+        found, expected = (torch.autograd.grad(y, tensors, torch.ones_like(y)) for y in outputs)
+        assert_close([*map(torch.view_as_real, found)], [*map(torch.view_as_real, expected)])
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_bfloat16_autocast(self, method: str, inside: bool) -> None:
+        tensors = draw(dtype=torch.float32)[:3]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = _by(method)(*tensors, **SMALL)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found = torch.autograd.grad(y, tensors, torch.ones_like(y))
+        expected = torch.autograd.grad(loop(*tensors, **SMALL).sum(), tensors)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert_close(ours / theirs.abs().max(), theirs / theirs.abs().max(), torch.bfloat16)
+
+    def test_a_checkpoint(self, method: str) -> None:
+        tensors = draw()
+        y = checkpoint(_by(method), *tensors, use_reentrant=False, **SMALL)
+        found = torch.autograd.grad(y.square().sum(), tensors)
+        assert_close(found, torch.autograd.grad(loop(*tensors, **SMALL).square().sum(), tensors))
+
+    @pytest.mark.parametrize("dynamic", [True, False])
+    def test_compiled_to_one_graph(self, method: str, dynamic: bool) -> None:
+        def step(*tensors: Tensor) -> Tensor:
+            return _by(method)(*tensors, **SMALL)
+
+        torch.compiler.reset()
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for batch in (3, 5) if dynamic else (3,):
+            tensors = draw(batch)
+            y, found = compiled(*tensors).square().sum(), []
+            calls = backward_calls(lambda: found.extend(torch.autograd.grad(y, tensors)))  # noqa: B023
+            assert_close(found, torch.autograd.grad(step(*tensors).square().sum(), tensors))
+            assert calls == 3 or method == "chunked"  # whose backward pass is one operation
+
+
+def test_large_maps_in_channels_last_one_by_one() -> None:
     torch.manual_seed(0)
-    x, routing, weight = torch.randn(4, 96, 20, 20), torch.rand(4, 3), torch.randn(3, 96, 1, 5, 5)
-    tensors = [tensor.requires_grad_() for tensor in (x, routing, weight)]
-
-    def gradients(method: str) -> tuple[Tensor, ...]:
-        y = dynamic_conv2d(x, routing, weight, padding=2, groups=96, method=method)
-        return torch.autograd.grad(y, tensors, torch.ones_like(y))
-
-    assert has_slow_gradient((1, 384, 20, 20), (384, 1, 5, 5), Geometry((1, 1), (2, 2), (1, 1), 384), "cpu")
-    for found, expected in zip(gradients(method), gradients("matmul"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-def test_keeps_channels_last() -> None:
-    x = torch.randn(1, 2048, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
-    kernels = torch.randn(2048, 1, 5, 5, requires_grad=True)
-    y = convolve(x, kernels, Geometry((1, 1), (2, 2), (1, 1), 2048))
-    (grad,) = torch.autograd.grad(y.square().sum(), x)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert grad.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 40, 40, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    tensors = (
+        x,
+        torch.rand(2, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 32, 1, 5, 5, dtype=torch.float64, requires_grad=True),
+    )
+    assert_equals_the_loop(tensors, "chunked", padding=2, groups=32)
 
 
 @pytest.mark.parametrize(
@@ -105,29 +176,29 @@ def test_keeps_channels_last() -> None:
 def test_where_torchs_is_slow(kernel: int, stride: int, padding: int, size: int, slow: bool) -> None:
     x, kernels = (1, 4096, size, size), (4096, 1, kernel, kernel)
     geometry = Geometry((stride, stride), (padding, padding), (1, 1), 4096)
-    assert has_slow_gradient(x, kernels, geometry, "cpu") == slow
-    assert not has_slow_gradient(x, kernels, geometry, "cuda")
-    assert not has_slow_gradient(x, kernels, geometry._replace(dilation=(2, 2)), "cpu")
-    assert not has_slow_gradient((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), "cpu")
+    assert has_slow_gradient(x, kernels, geometry, 4, "cpu") == slow
+    assert not has_slow_gradient(x, kernels, geometry, 8, "cpu")
+    assert not has_slow_gradient(x, kernels, geometry, 4, "cuda")
+    assert not has_slow_gradient(x, kernels, geometry._replace(dilation=(2, 2)), 4, "cpu")
+    assert not has_slow_gradient(x, (8192, *kernels[1:]), geometry, 4, "cpu")
+    assert not has_slow_gradient((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), 4, "cpu")
+
+
+def test_what_pieces_see() -> None:
+    geometry = Geometry((1, 1), (2, 2), (1, 1), 4)
+    assert padded_numbers((8, 4, 7, 6), (3, 4, 1, 5, 5), geometry, 4, "cpu") == 4 * 7 * (6 + 2)
+    assert padded_numbers((8, 4, 4, 6), (3, 4, 1, 5, 5), geometry, 4, "cpu") == 4 * (4 + 4) * (6 + 2)
+    assert padded_numbers((8, 4, 7, 6), (3, 4, 1, 5, 5), geometry, 16, "cpu") == 0
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_export_does_without(strict: bool) -> None:
-    layer = DynamicConv2d(64, 64, 5, padding=2, groups=64)
+    layer = DynamicConv2d(8, 8, 5, padding=2, groups=8)
     dynamic = ({0: torch.export.Dim("batch", min=2, max=1024)},)
-    exported = torch.export.export(layer, (torch.randn(40, 64, 9, 9),), dynamic_shapes=dynamic, strict=strict)
-    x = torch.randn(3, 64, 9, 9)
+    exported = torch.export.export(layer, (torch.randn(4, 8, 9, 9),), dynamic_shapes=dynamic, strict=strict)
+    x = torch.randn(3, 8, 9, 9)
     assert_close(exported.module()(x), layer(x))
 
 
-def test_compiled() -> None:
-    torch.manual_seed(0)
-    layer = DynamicConv2d(64, 64, 5, padding=2, groups=64)
-    compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(40, 64, 9, 9, requires_grad=True)
-    found, expected = (
-        torch.autograd.grad(function(x).square().mean(), [x, *layer.parameters()]) for function in (compiled, layer)
-    )
-    assert has_slow_gradient((1, 2560, 9, 9), (2560, 1, 5, 5), Geometry((1, 1), (2, 2), (1, 1), 2560), "cpu")
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+def _by(method: str) -> Callable[..., Tensor]:
+    return lambda *tensors, **geometry: dynamic_conv2d(*tensors, method=method, **geometry)

@@ -153,7 +153,7 @@ def _use(name: str) -> None:
 def _times(name: str) -> list[float]:
     _use(name)
     step, device = _here["step"], _here["device"]
-    for _ in range(2):  # fetch the memory that it gave back; the second a tenth of it
+    for _ in range(2):  # fetch the memory that it gave back, most of it in the first
         step()
     times: list[float] = []
     while sum(times) < TURN:
