@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.tracing import in_export, is_transformed
+from dyn_lightning.per_sample.tracing import in_export, is_transformed, remembered
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 MOST_COLUMNS = 3
@@ -27,8 +27,8 @@ NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, where its gradient is slow with a gradient of our own."""
-    trained = kernels.requires_grad and torch.is_grad_enabled() and not (is_transformed() or in_export())
-    if trained and _is_slow(input, kernels, geometry):
+    trained = kernels.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() and in_export())
+    if trained and _is_slow(input, kernels, geometry) and not is_transformed():
         return _Convolution.apply(input, kernels, geometry)
     return F.conv2d(input, kernels, None, *geometry)
 
@@ -115,7 +115,11 @@ def _by_pieces(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry)
 
 
 def _is_slow(input: Tensor, kernels: Tensor, geometry: Geometry) -> bool:
-    return has_slow_gradient(input.shape, kernels.shape, geometry, input.dtype.itemsize, input.device.type)
+    find = has_slow_gradient if torch.compiler.is_compiling() else _found
+    return find(input.shape, kernels.shape, geometry, input.dtype.itemsize, input.device.type)
+
+
+_found = remembered(has_slow_gradient)  # on small maps each call in Python would be seen
 
 
 def _has_many_zeros(input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry) -> bool:

@@ -40,6 +40,7 @@ def _always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if "where" not in request.node.name:
         monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
         monkeypatch.setattr(depthwise, "MOST_BYTES", 8)
+        monkeypatch.setattr(depthwise, "_found", has_slow_gradient)  # nothing of other tests is remembered
 
 
 def draw(batch: int = 3, dtype: torch.dtype = torch.float64, columns: int = 5) -> tuple[Tensor, ...]:
