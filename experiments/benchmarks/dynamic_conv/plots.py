@@ -51,6 +51,7 @@ def networks(results: list[dict[str, Any]]) -> Any:
     figure, axes = plt.subplots(len(jobs), 1, figsize=(11, 3.4 * len(jobs)), layout="constrained", squeeze=False)
     for job, axis in zip(jobs, axes[:, 0], strict=True):
         rows = [result for result in results if result["job"] == job]
+        rows.sort(key=lambda row: (-row["size"], row["network"]))  # files come in any order
         shown = {method: colour for method, colour in COLOURS.items() if method in rows[0]["milliseconds"]}
         width = 0.8 / len(shown)
         for position, (method, colour) in enumerate(shown.items()):
