@@ -110,11 +110,8 @@ class Case(NamedTuple):
             return {"grouped": mixed + copied + padded, "matmul": mixed + unfolded, "mixture": mixture}
         # What comes out contiguous is copied; a product's K kernels are transposed.
         again = outputs if not self.is_product() else math.prod(self.weight) if self.training else 0
-        return {
-            "grouped": mixed + pixels + outputs + self.padded(),
-            "matmul": mixed + unfolded + again,
-            "mixture": mixture,
-        }
+        grouped = mixed + pixels + outputs + padded
+        return {"grouped": grouped, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 
 def case_of(
