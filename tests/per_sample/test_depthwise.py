@@ -34,13 +34,15 @@ SHAPES = [
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
 
 
-@pytest.fixture(autouse=True)
-def _always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small maps have the gradient too, and numbers of 8 bytes."""
-    if "where" not in request.node.name:
-        monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
-        monkeypatch.setattr(depthwise, "MOST_BYTES", 8)
-        monkeypatch.setattr(depthwise, "_found", has_slow_gradient)  # nothing of other tests is remembered
+    monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(depthwise, "MOST_BYTES", 8)
+    monkeypatch.setattr(depthwise, "_found", has_slow_gradient)  # nothing of other tests is remembered
+
+
+always = pytest.mark.usefixtures("_always")
 
 
 def draw(batch: int = 3, dtype: torch.dtype = torch.float64, columns: int = 5) -> tuple[Tensor, ...]:
@@ -57,6 +59,7 @@ def backward_calls(function: Callable[[], Any]) -> int:
     return sum(event.name == "aten::convolution_backward" for event in profile.function_events)
 
 
+@always
 @pytest.mark.parametrize(("kernel", "stride", "padding", "size"), SHAPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_equals_torchs(kernel: Pair, stride: Pair, padding: Pair, size: Pair, layout: torch.memory_format) -> None:
@@ -73,6 +76,19 @@ def test_equals_torchs(kernel: Pair, stride: Pair, padding: Pair, size: Pair, la
         assert_close(*(torch.autograd.grad(out, one, cotangent, retain_graph=True)[0] for out in (y, expected)))
 
 
+@pytest.mark.parametrize(("kernel", "size"), [(5, 7), (3, 2)])
+def test_single_precision(kernel: int, size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4096, size, size, requires_grad=True)
+    kernels = torch.randn(4096, 1, kernel, kernel, requires_grad=True)
+    geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 4096)
+    y, expected = convolve(x, kernels, geometry), F.conv2d(x, kernels, None, *geometry)
+    assert "_Convolution" in type(y.grad_fn).__name__
+    cotangent = torch.randn_like(y)
+    assert_close(*(torch.autograd.grad(out, (x, kernels), cotangent) for out in (y, expected)))
+
+
+@always
 def test_derivatives_of_any_order() -> None:
     x, _, weight, _ = draw()
     x, kernels = x[:1, :, :3, :4].detach().requires_grad_(), weight[0].detach().requires_grad_()
@@ -86,6 +102,7 @@ def test_derivatives_of_any_order() -> None:
     assert gradcheck(function, (x.detach(), kernels))
 
 
+@always
 @pytest.mark.parametrize("method", ["grouped", "chunked"])
 class TestMixedKernels:
     def test_equal_a_loop(self, method: str) -> None:
@@ -152,6 +169,7 @@ class TestMixedKernels:
             assert calls == 3 or method == "chunked"  # whose backward pass is one operation
 
 
+@always
 def test_large_maps_in_channels_last_one_by_one() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 32, 40, 40, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
@@ -185,6 +203,7 @@ def test_where_torchs_is_slow(kernel: int, stride: int, padding: int, size: int,
     assert not has_slow_gradient((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), 4, "cpu")
 
 
+@always
 def test_what_pieces_see() -> None:
     geometry = Geometry((1, 1), (2, 2), (1, 1), 4)
     assert padded_numbers((8, 4, 7, 6), (3, 4, 1, 5, 5), geometry, 4, "cpu") == 4 * 7 * (6 + 2)
@@ -192,6 +211,7 @@ def test_what_pieces_see() -> None:
     assert padded_numbers((8, 4, 7, 6), (3, 4, 1, 5, 5), geometry, 16, "cpu") == 0
 
 
+@always
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_export_does_without(strict: bool) -> None:
     layer = DynamicConv2d(8, 8, 5, padding=2, groups=8)
