@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from dyn_lightning.per_sample.depthwise import padded_numbers
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.methods import are_large_maps, mixes_rows, multiplies
 from dyn_lightning.per_sample.reduction import Plan
@@ -89,17 +88,11 @@ class Case(NamedTuple):
         """Numbers that the unfolded input takes, and for a while its unfolding."""
         return self.patches() if self.is_product() else self.patches() + math.prod(self.input)
 
-    def padded(self) -> int:
-        """Numbers of the padded input that the gradient of mixed depthwise kernels takes."""
-        if not self.training:
-            return 0
-        return self.input[0] * padded_numbers(self.input, self.weight, self.geometry, self.bytes_each, self.device)
-
     def held(self) -> dict[str, int]:
         """Numbers that each method of torch's own operations holds at once, beside input, kernels and output."""
         pixels, outputs, mixed = math.prod(self.input), self.outputs(), self.mixed_weights()
         copied = 0 if self.dense else pixels  # by whatever wants a layout
-        unfolded, padded = self.held_unfolded(), self.padded()
+        unfolded = self.held_unfolded()
         mixture = self.weight[0] * outputs
         if mixes_rows(self.weight, self.geometry, self.positions()):
             mixture += pixels if self.is_product() else 2 * self.patches() + pixels
@@ -107,10 +100,10 @@ class Case(NamedTuple):
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied
         if not self.channels_last:
-            return {"grouped": mixed + copied + padded, "matmul": mixed + unfolded, "mixture": mixture}
+            return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture}
         # What comes out contiguous is copied; a product's K kernels are transposed.
         again = outputs if not self.is_product() else math.prod(self.weight) if self.training else 0
-        grouped = mixed + pixels + outputs + padded
+        grouped = mixed + pixels + outputs
         return {"grouped": grouped, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 

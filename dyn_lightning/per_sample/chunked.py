@@ -13,19 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.depthwise import gradients, padded_numbers
+from dyn_lightning.per_sample.depthwise import gradients
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.methods import (
     are_large_maps,
     convolve_each,
     empty_map,
     empty_output,
-    grouped,
     is_channels_last,
+    mixing_operation,
     multiplies,
     unfolded,
 )
-from dyn_lightning.per_sample.operation import operation
 
 # Output channels are divided until so many samples' kernels fit into the limit (or twice those that there are), since
 # each chunk reads all K kernels of its channels; convolutions, and products, of fewer channels than the least would not
@@ -61,8 +60,7 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
     """Give how many samples at most, and how many output channels, have their kernels mixed at a time."""
     rows, columns = positions(input.shape, weight.shape, geometry)
     kernel, place = weight[0, 0].numel() * weight.element_size(), rows * columns * input.element_size()
-    padded = padded_numbers(input.shape, weight.shape, geometry, input.element_size(), input.device.type)
-    pixels = max(input.shape[1:].numel(), padded) * input.element_size()
+    pixels = input.shape[1:].numel() * input.element_size()
     is_product = multiplies(weight.shape, geometry)
     if is_product:  # a product reads a map that is dense, and writes one where it belongs, if it is a whole one
         pixels = 0 if input.is_contiguous() or is_channels_last(input) else pixels
@@ -211,4 +209,4 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-_convolve = operation("chunked", _forward, _backward, grouped)
+_convolve = mixing_operation("chunked", _forward, _backward)

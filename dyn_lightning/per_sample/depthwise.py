@@ -1,76 +1,43 @@
-"""The gradient of depthwise kernels on a CPU, where torch's own is slow.
+"""Depthwise convolutions and their gradients on a CPU, in C++ of our own where torch's are slow.
 
-oneDNN, which computes torch's convolutions there, has a fast one for kernels of up to 3 columns, if the output has more
-rows than there are rows of zeros around the input. Elsewhere, for 5x5 kernels and for 3x3 kernels on 2x2 maps, it
-unfolds each channel, which takes 2 to 8 times as long. Here kernels are taken apart into pieces of up to 3 columns,
-each with the part of the padded input that it sees.
+oneDNN, which computes torch's convolutions there, brings maps into a layout of its own and back. It has a fast gradient
+only for kernels of up to 3 columns, whose output has more rows than there are rows of zeros around the input, in
+bfloat16 without a stride; elsewhere it unfolds each channel, which takes 2 to 20 times as long.
 """
 
+import ctypes
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.tracing import in_export, is_transformed, remembered
+from dyn_lightning.per_sample.native import is_compiled, library
+from dyn_lightning.per_sample.operation import operation
+from dyn_lightning.per_sample.tracing import in_export, remembered
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-MOST_COLUMNS = 3
-# oneDNN has no float64 and no complex numbers; torch computes these channel by channel, each piece anew.
-MOST_BYTES = 4
-# The time of torch's gradient grows as the numbers of the unfolded input and this many for each channel do. Below the
-# least in all, to take kernels apart costs more than it saves.
+MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
+# Positions of the output from which on ours takes less time than torch's fast one.
+MANY_POSITIONS = {torch.float32: 80, torch.bfloat16: 256, torch.float64: 1}
+# The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
+# call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve as ``F.conv2d`` does, where its gradient is slow with a gradient of our own."""
-    trained = kernels.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() and in_export())
-    if trained and _is_slow(input, kernels, geometry) and not is_transformed():
-        return _Convolution.apply(input, kernels, geometry)
-    return F.conv2d(input, kernels, None, *geometry)
-
-
-def has_slow_gradient(
-    input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry, bytes_each: int, device: str
-) -> bool:
-    """Tell whether torch's gradient of kernels is slower than ours, from the shapes that ``gradients`` takes."""
-    channels, depth, height, width = kernels
-    if channels != geometry.groups or depth > 1 or geometry.dilation != (1, 1):
-        return False
-    if device != "cpu" or bytes_each > MOST_BYTES or not HAS_ONEDNN:
-        return False
-    if width <= MOST_COLUMNS and not _has_many_zeros(input, kernels, geometry):
-        return False
-    places = math.prod(positions(input, kernels, geometry))
-    return channels * (places * height * width + NUMBERS_A_CHANNEL) >= LEAST_NUMBERS
-
-
-def padded_numbers(
-    input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, bytes_each: int, device: str
-) -> int:
-    """Count the numbers of a sample's padded input that a piece sees, of ``(B, C_in, H, W)`` and the K kernels.
-
-    Returns:
-        0 where torch's gradient is taken.
-    """
-    stride, padding, dilation, groups = geometry
-    samples, out_channels, *kernel = input[0], *weight[1:]
-    together = Geometry(stride, padding, dilation, samples * groups)
-    shapes = (1, samples * input[1], *input[2:]), (samples * out_channels, *kernel)
-    if not has_slow_gradient(*shapes, together, bytes_each, device):
-        return 0
-    rows, columns = positions(input, weight, geometry)
-    height = (rows - 1) * stride[0] + weight[3] if _has_many_zeros(*shapes, geometry) else input[2]
-    return input[1] * height * ((columns - 1) * stride[1] + min(weight[4], MOST_COLUMNS))
+    """Convolve as ``F.conv2d`` does, in our own way where that is faster."""
+    trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
+    if torch.compiler.is_compiling() and in_export():  # others are to run it without this package
+        return _conv2d(input, kernels, geometry)
+    convolve = _convolve if _is_ours(input, kernels, geometry, trained) else _conv2d
+    return convolve(input, kernels, geometry)
 
 
 def gradients(
     grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute a convolution's gradients, that of kernels in our own way where torch's is slow.
+    """Compute a convolution's gradients, in our own way where that is faster.
 
     Args:
         grad: ``(1, C_out, H', W')``, of the output.
@@ -82,62 +49,89 @@ def gradients(
     Returns:
         What is wanted, in the shapes of input and kernels.
     """
+    if _is_ours(input, kernels, geometry, True):
+        return _gradients(grad, input, kernels, geometry, wanted)
     stride, padding, dilation, groups = geometry
-    settings = (None, stride, padding, dilation, False, (0, 0), groups)
-    apart = wanted[1] and _is_slow(input, kernels, geometry)
-    kernels_grad = _by_pieces(grad, input, kernels, geometry) if apart else None
-    if apart and not wanted[0]:
-        return None, kernels_grad
-    mask = (wanted[0], wanted[1] and not apart, False)
-    input_grad, whole, _ = torch.ops.aten.convolution_backward(grad, input, kernels, *settings, mask)
-    return input_grad, kernels_grad if apart else whole
+    settings = (None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))
+    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, kernels, *settings)
+    return input_grad, kernels_grad
 
 
-def _by_pieces(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Compute the gradient of depthwise kernels without dilation."""
-    (above, left), (down, right), size = geometry.padding, geometry.stride, input.shape[2:]
-    by_hand = (0, 0)  # rows of zeros, above and below
-    if _has_many_zeros(input.shape, kernels.shape, geometry):
-        by_hand = above, (grad.shape[2] - 1) * down + kernels.shape[2] - above - size[0]
-        above = 0
-    settings = (None, geometry.stride, (above, 0), (1, 1), False, (0, 0), geometry.groups, (False, True, False))
-    found, first = [], -left
-    for piece in kernels.tensor_split(-(-kernels.shape[3] // MOST_COLUMNS), 3):
-        last = first + (grad.shape[3] - 1) * right + piece.shape[3]
-        if last <= 0 or first >= size[1] or size[0] + by_hand[1] <= 0:  # it sees zeros alone
-            found.append(torch.zeros_like(piece))
-        else:
-            seen = F.pad(input, (-first, last - size[1], *by_hand))
-            found.append(torch.ops.aten.convolution_backward(grad, seen, piece, *settings)[1])
-            del seen  # before the next one is made
-        first += piece.shape[3]
-    return torch.cat(found, 3) if len(found) > 1 else found[0]
-
-
-def _is_slow(input: Tensor, kernels: Tensor, geometry: Geometry) -> bool:
-    find = has_slow_gradient if torch.compiler.is_compiling() else _found
-    return find(input.shape, kernels.shape, geometry, input.dtype.itemsize, input.device.type)
-
-
-_found = remembered(has_slow_gradient)  # on small maps each call in Python would be seen
-
-
-def _has_many_zeros(input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry) -> bool:
-    """Tell whether there are as many rows of zeros, above and below the input, as there are rows of the output."""
-    rows, _ = positions(input, kernels, geometry)
+def is_faster(
+    input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, training: bool
+) -> bool:
+    """Tell whether ours is faster than torch's on a CPU, from the shapes that ``gradients`` takes."""
+    channels, depth, height, width = kernels
+    if input[0] != 1 or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
+        return False
+    rows, columns = positions(input, kernels, geometry)
+    if channels * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
+        return False
     above = geometry.padding[0]
-    below = (rows - 1) * geometry.stride[0] + kernels[2] - above - input[2]
-    return rows <= above + max(0, below)
+    below = (rows - 1) * geometry.stride[0] + geometry.dilation[0] * (height - 1) + 1 - above - input[2]
+    slow = rows < above
+    if training:
+        many_zeros = rows <= above + max(0, below)
+        strided = dtype == torch.bfloat16 and geometry.stride != (1, 1)
+        slow = width > MOST_COLUMNS or many_zeros or strided
+    return (slow or rows * columns >= MANY_POSITIONS[dtype]) and is_compiled()
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(input, kernels)
-        ctx.geometry = geometry
-        return F.conv2d(input, kernels, None, *geometry)
+def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool) -> bool:
+    if input.device.type != "cpu" or not input.is_contiguous():
+        return False
+    find = is_faster if torch.compiler.is_compiling() else _found
+    return find(input.shape, kernels.shape, geometry, input.dtype, training)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # by operations that have gradients themselves
-        input, kernels = ctx.saved_tensors
-        return *gradients(grad, input, kernels, ctx.geometry, ctx.needs_input_grad[:2]), None
+
+_found = remembered(is_faster)  # on small maps each call in Python would be seen
+
+
+def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    if not _is_ours(input, kernels, geometry, False):
+        return _conv2d(input, kernels, geometry)
+    output = _empty(input, kernels, geometry)
+    _call("forward", input.dtype, _sizes(input, kernels, geometry), input, kernels.contiguous(), output)
+    return output
+
+
+def _backward(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, needed: list[bool]) -> list[Tensor]:
+    found = _gradients(grad, input, kernels, geometry, (needed[0], needed[1]))
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    input, kernels = input.contiguous(), kernels.contiguous()
+    found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
+    _call("backward", input.dtype, _sizes(input, kernels, geometry), grad.contiguous(), input, kernels, *found)
+    return found[0], found[1]
+
+
+def _call(name: str, dtype: torch.dtype, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
+    function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    function((ctypes.c_int64 * len(sizes))(*sizes), *pointers)
+
+
+def _sizes(input: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    stride, padding, dilation, _ = geometry
+    size = positions(input.shape, kernels.shape, geometry)
+    rest = (*kernels.shape[2:], *stride, *padding, *dilation, torch.get_num_threads())
+    return len(input) * input.shape[1], *input.shape[2:], *size, *rest
+
+
+def _conv2d(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    return F.conv2d(input, kernels, None, *geometry)
+
+
+def _empty(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    return input.new_empty(len(input), len(kernels), *positions(input.shape, kernels.shape, geometry))
+
+
+def _multiply_adds(input: torch.Size, kernels: torch.Size, geometry: Geometry) -> tuple[int, int]:
+    return 0, input[0] * kernels.numel() * math.prod(positions(input, kernels, geometry))
+
+
+_convolve = operation("depthwise", ("input", "kernels"), _forward, _backward, _conv2d, _empty, _multiply_adds)

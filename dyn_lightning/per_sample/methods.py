@@ -7,6 +7,7 @@ y x output rows and columns, p position (y and x as one axis).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.depthwise import convolve
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
+from dyn_lightning.per_sample.operation import operation
 from dyn_lightning.per_sample.tracing import in_function_transform
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
@@ -115,6 +117,24 @@ def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tens
     if geometry.stride != (1, 1):
         input = input[:, :, :: geometry.stride[0], :: geometry.stride[1]]
     return input.flatten(2)
+
+
+def mixing_operation(name: str, forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]]) -> Any:
+    """Register a method that computes its gradients itself, as ``operation`` says, of input, routing and weight."""
+    return operation(
+        name,
+        ("input", "routing", "weight"),
+        forward,
+        backward,
+        grouped,
+        lambda input, routing, weight, geometry: empty_output(input, weight, geometry),
+        _multiply_adds,
+    )
+
+
+def _multiply_adds(input: torch.Size, routing: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:
+    mixed = input[0] * math.prod(weight[1:])
+    return mixed * weight[0], mixed * math.prod(positions(input, weight, geometry))
 
 
 def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.methods import empty_output, grouped
-from dyn_lightning.per_sample.operation import operation
+from dyn_lightning.per_sample.methods import empty_output, mixing_operation
 
 CHANNELS, POSITIONS = 32, 64  # of a tile
 
@@ -204,7 +203,7 @@ def _allows_tf32() -> bool:
     return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
 
 
-_convolve = operation("triton", _forward, _backward_there, grouped)
+_convolve = mixing_operation("triton", _forward, _backward_there)
 
 
 def convolve(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -1,6 +1,10 @@
-"""The gradient of depthwise kernels against torch's, which it stands in for."""
+"""Depthwise convolutions in C++ against torch's, which they stand in for."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,34 +16,41 @@ from torch.utils.checkpoint import checkpoint
 
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import depthwise
-from dyn_lightning.per_sample.depthwise import convolve, has_slow_gradient, padded_numbers
+from dyn_lightning.per_sample import depthwise, native
+from dyn_lightning.per_sample.depthwise import convolve, gradients, is_faster
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
 
-# Kernel's rows and columns, stride, padding, the map's rows and columns.
+# Kernel's rows and columns, stride, padding, dilation, the map's rows and columns.
 SHAPES = [
-    ((5, 5), (1, 1), (2, 2), (7, 6)),
-    ((5, 5), (2, 2), (2, 2), (8, 9)),
-    ((5, 4), (2, 1), (0, 3), (9, 5)),
-    ((3, 7), (1, 2), (1, 3), (4, 11)),
-    ((3, 3), (1, 1), (1, 1), (2, 2)),
-    ((3, 3), (2, 2), (1, 1), (3, 3)),
-    ((7, 7), (3, 2), (6, 0), (5, 12)),
-    ((2, 9), (1, 1), (0, 4), (2, 1)),  # pieces that see zeros alone
-    ((3, 3), (7, 7), (4, 4), (1, 1)),  # the rows of all pieces do
-    ((1, 5), (5, 5), (2, 2), (1, 3)),
+    ((5, 5), (1, 1), (2, 2), (1, 1), (7, 6)),
+    ((5, 5), (2, 2), (2, 2), (1, 1), (8, 9)),
+    ((5, 4), (2, 1), (0, 3), (1, 1), (9, 5)),
+    ((3, 7), (1, 2), (1, 3), (1, 1), (4, 11)),
+    ((3, 3), (1, 1), (1, 1), (1, 1), (2, 2)),
+    ((3, 3), (2, 2), (1, 1), (1, 1), (3, 3)),
+    ((7, 7), (3, 2), (6, 0), (1, 1), (5, 12)),
+    ((1, 1), (1, 1), (0, 0), (1, 1), (4, 3)),
+    ((3, 3), (1, 1), (2, 2), (2, 2), (7, 6)),
+    ((3, 2), (2, 3), (3, 1), (3, 2), (9, 8)),
+    ((3, 3), (2, 1), (0, 4), (1, 5), (6, 7)),
+    ((2, 2), (3, 3), (0, 0), (1, 1), (8, 9)),  # pixels between kernels, and after the last, that none sees
+    ((2, 9), (1, 1), (0, 4), (1, 1), (2, 1)),  # columns of kernels that see zeros alone
+    ((3, 3), (7, 7), (4, 4), (1, 1), (1, 1)),  # all do
+    ((1, 5), (5, 5), (2, 2), (1, 1), (1, 3)),
+    ((3, 3), (1, 1), (1, 1), (1, 1), (37, 70)),  # more than the vectors that are multiplied at once
+    ((5, 5), (2, 2), (2, 2), (1, 1), (61, 75)),
 ]
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
 
 
 @pytest.fixture
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small maps have the gradient too, and numbers of 8 bytes."""
+    """Let small maps be computed in C++ too."""
     monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
-    monkeypatch.setattr(depthwise, "MOST_BYTES", 8)
-    monkeypatch.setattr(depthwise, "_found", has_slow_gradient)  # nothing of other tests is remembered
+    monkeypatch.setattr(depthwise, "MANY_POSITIONS", dict.fromkeys(depthwise.MANY_POSITIONS, 0))
+    monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
 
 
 always = pytest.mark.usefixtures("_always")
@@ -52,40 +63,76 @@ def draw(batch: int = 3, dtype: torch.dtype = torch.float64, columns: int = 5) -
     return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
 
 
-def backward_calls(function: Callable[[], Any]) -> int:
-    """Count the convolutions' backward passes: one in torch's way, one for the input and for each piece in ours."""
+def calls(name: str, function: Callable[[], Any]) -> int:
+    """Count the calls of an operation of torch's or ours."""
     with torch.autograd.profiler.profile() as profile:
         function()
-    return sum(event.name == "aten::convolution_backward" for event in profile.function_events)
+    return sum(event.name == name for event in profile.function_events)
+
+
+def is_compiled(y: Tensor) -> bool:
+    """Tell whether C++ gave an output."""
+    return "dyn_lightning_depthwise" in type(y.grad_fn).__name__
 
 
 @always
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), SHAPES)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equals_torchs(kernel: Pair, stride: Pair, padding: Pair, size: Pair, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_equals_torchs(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, threads: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 3, *size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    x = torch.randn(1, 3, *size, dtype=torch.float64, requires_grad=True)
     kernels = torch.randn(3, 1, *kernel, dtype=torch.float64, requires_grad=True)
-    geometry = Geometry(stride, padding, (1, 1), 3)
+    geometry, before = Geometry(stride, padding, dilation, 3), torch.get_num_threads()
     expected = F.conv2d(x, kernels, None, *geometry)
-    y, cotangent = convolve(x, kernels, geometry), torch.randn_like(expected)
-    assert "_Convolution" in type(y.grad_fn).__name__
-    assert_close(y, expected)
-    assert_close(*(torch.autograd.grad(out, (x, kernels), cotangent, retain_graph=True) for out in (y, expected)))
-    for one in (x, kernels):
-        assert_close(*(torch.autograd.grad(out, one, cotangent, retain_graph=True)[0] for out in (y, expected)))
+    cotangent = torch.randn_like(expected)
+    torch.set_num_threads(threads)
+    try:
+        y = convolve(x, kernels, geometry)
+        assert is_compiled(y)
+        assert_close(y, expected)
+        for wanted in ((x, kernels), (x,), (kernels,)):
+            assert_close(*(torch.autograd.grad(out, wanted, cotangent, retain_graph=True) for out in (y, expected)))
+    finally:
+        torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("kernel", "size"), [(5, 7), (3, 2)])
-def test_single_precision(kernel: int, size: int) -> None:
+@pytest.mark.parametrize(("kernel", "size", "stride"), [(5, 7, 1), (3, 2, 1), (3, 28, 2), (3, 18, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_and_half_precision(kernel: int, size: int, stride: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 4096, size, size, requires_grad=True)
-    kernels = torch.randn(4096, 1, kernel, kernel, requires_grad=True)
-    geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 4096)
-    y, expected = convolve(x, kernels, geometry), F.conv2d(x, kernels, None, *geometry)
-    assert "_Convolution" in type(y.grad_fn).__name__
+    x = torch.randn(1, 4096, size, size).to(dtype).requires_grad_()
+    kernels = torch.randn(4096, 1, kernel, kernel).to(dtype).requires_grad_()
+    geometry = Geometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), 4096)
+    y = convolve(x, kernels, geometry)
+    assert is_compiled(y)
     cotangent = torch.randn_like(y)
-    assert_close(*(torch.autograd.grad(out, (x, kernels), cotangent) for out in (y, expected)))
+    found = (y, *torch.autograd.grad(y, (x, kernels), cotangent))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, kernels)]
+    expected = F.conv2d(*wide, None, *geometry)
+    for ours, theirs in zip(found, (expected, *torch.autograd.grad(expected, wide, cotangent.double())), strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours.double(), theirs, dtype)
+
+
+@always
+def test_rounding_to_bfloat16() -> None:
+    def convolved(numbers: list[float], kernel: list[float]) -> tuple[Tensor, Tensor]:
+        x, kernels = (torch.tensor(values, dtype=torch.bfloat16)[None, None, None] for values in (numbers, kernel))
+        found = convolve(x, kernels, Geometry((1, 1), (0, 0), (1, 1), 1))
+        return found, F.conv2d(x.float(), kernels.float()).bfloat16()
+
+    # Sums in the middle between two numbers, below and above the odd one; and what may be rounded up.
+    found, expected = convolved([1, 1, 1 + 2**-7, 1, 2 - 2**-7, -1, 3.3895e38, 3.3895e38], [1, 2**-8])
+    assert torch.equal(found, expected)
+    special = [0.0, 1e-40, float("inf"), float("-inf"), float("nan")]
+    for ours, theirs in [convolved(special, [1]), convolved([3.3895e38, 3.3895e38], [1, 1])]:
+        assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+
+
+@always
+def test_channels_last_is_left_to_torch() -> None:
+    x = torch.randn(1, 3, 7, 6).to(memory_format=torch.channels_last).requires_grad_()
+    assert not is_compiled(convolve(x, torch.randn(3, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 3)))
 
 
 @always
@@ -164,9 +211,9 @@ class TestMixedKernels:
         for batch in (3, 5) if dynamic else (3,):
             tensors = draw(batch)
             y, found = compiled(*tensors).square().sum(), []
-            calls = backward_calls(lambda: found.extend(torch.autograd.grad(y, tensors)))  # noqa: B023
+            name = f"dyn_lightning::{'depthwise' if method == 'grouped' else method}_backward"
+            assert calls(name, lambda: found.extend(torch.autograd.grad(y, tensors))) == 1  # noqa: B023
             assert_close(found, torch.autograd.grad(step(*tensors).square().sum(), tensors))
-            assert calls == 3 or method == "chunked"  # whose backward pass is one operation
 
 
 @always
@@ -182,33 +229,98 @@ def test_large_maps_in_channels_last_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "size", "slow"),
+    ("kernel", "stride", "padding", "size", "forward", "backward", "in_bfloat16"),
     [
-        (3, 1, 1, 3, False),  # three rows, two of zeros
-        (3, 1, 1, 2, True),
-        (3, 2, 1, 4, False),  # two rows, zeros above them alone
-        (3, 2, 1, 3, True),
-        (1, 1, 0, 1, False),
-        (5, 1, 2, 28, True),
+        (3, 1, 1, 7, False, False, False),
+        (3, 1, 1, 9, True, True, False),
+        (3, 1, 1, 16, True, True, True),
+        (3, 1, 1, 3, False, False, False),  # three rows, two of zeros
+        (3, 1, 1, 2, False, True, True),
+        (3, 2, 1, 4, False, False, True),  # two rows, zeros above them alone
+        (3, 2, 1, 3, False, True, True),
+        (1, 1, 0, 1, False, False, False),
+        (5, 1, 2, 7, False, True, True),
+        (5, 2, 2, 2, True, True, True),  # one row, two of zeros above
     ],
 )
-def test_where_torchs_is_slow(kernel: int, stride: int, padding: int, size: int, slow: bool) -> None:
+def test_where_ours_is_faster(
+    kernel: int, stride: int, padding: int, size: int, forward: bool, backward: bool, in_bfloat16: bool
+) -> None:
     x, kernels = (1, 4096, size, size), (4096, 1, kernel, kernel)
     geometry = Geometry((stride, stride), (padding, padding), (1, 1), 4096)
-    assert has_slow_gradient(x, kernels, geometry, 4, "cpu") == slow
-    assert not has_slow_gradient(x, kernels, geometry, 8, "cpu")
-    assert not has_slow_gradient(x, kernels, geometry, 4, "cuda")
-    assert not has_slow_gradient(x, kernels, geometry._replace(dilation=(2, 2)), 4, "cpu")
-    assert not has_slow_gradient(x, (8192, *kernels[1:]), geometry, 4, "cpu")
-    assert not has_slow_gradient((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), 4, "cpu")
+    assert is_faster(x, kernels, geometry, torch.float32, False) == forward
+    assert is_faster(x, kernels, geometry, torch.float32, True) == backward
+    assert is_faster(x, kernels, geometry, torch.bfloat16, True) == in_bfloat16
+    assert is_faster(x, kernels, geometry, torch.float64, True)
+    assert not is_faster(x, kernels, geometry, torch.float16, True)
+    assert not is_faster(x, (8192, *kernels[1:]), geometry, torch.float32, True)
+    assert not is_faster((2, *x[1:]), kernels, geometry, torch.float32, True)
+    assert not is_faster((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), torch.float32, True)
+
+
+class TestCompiling:
+    @pytest.fixture(autouse=True)
+    def _anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        native.library.cache_clear()
+        yield
+        native.library.cache_clear()
+
+    @always
+    def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with caplog.at_level("INFO"):
+            tensors = draw()
+            y = dynamic_conv2d(*tensors, **SMALL)
+        assert "there is no compiler no-such-compiler" in caplog.text
+        assert_close(y, loop(*tensors, **SMALL))
+        assert calls("aten::convolution_backward", lambda: torch.autograd.grad(y.sum(), tensors)) == 1
+
+    @always
+    def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"no such option\")'")
+        tensors = draw()
+        with pytest.warns(UserWarning, match="not compiled: no such option"):
+            y = dynamic_conv2d(*tensors, **SMALL)
+        assert_close(y, loop(*tensors, **SMALL))
+        assert not list((tmp_path / "dyn_lightning").iterdir())
+
+    def test_once_by_several_processes(self, tmp_path: Path) -> None:
+        code = "from dyn_lightning.per_sample.native import is_compiled; assert is_compiled()"
+        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        assert [process.wait() for process in processes] == [0, 0]
+        (one,) = (tmp_path / "dyn_lightning").iterdir()
+        written = one.stat().st_mtime_ns
+        assert native.is_compiled()
+        assert one.stat().st_mtime_ns == written
+
+    def test_a_folder_that_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+        with pytest.warns(UserWarning, match="depthwise kernels train more slowly"):
+            assert not native.is_compiled()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
+@always
+def test_is_a_well_formed_operation() -> None:
+    x, _, weight, _ = draw(1)
+    operands = (x, weight[0].detach().requires_grad_(), [1, 1, 1, 2, 1, 1, 4])
+    torch.library.opcheck(torch.ops.dyn_lightning.depthwise.default, operands)
+    grad = torch.randn_like(torch.ops.dyn_lightning.depthwise(*operands))
+    given = (grad, *(tensor.detach() for tensor in operands[:2]), operands[2], [True, True])
+    torch.library.opcheck(torch.ops.dyn_lightning.depthwise_backward.default, given)
 
 
 @always
-def test_what_pieces_see() -> None:
-    geometry = Geometry((1, 1), (2, 2), (1, 1), 4)
-    assert padded_numbers((8, 4, 7, 6), (3, 4, 1, 5, 5), geometry, 4, "cpu") == 4 * 7 * (6 + 2)
-    assert padded_numbers((8, 4, 4, 6), (3, 4, 1, 5, 5), geometry, 4, "cpu") == 4 * (4 + 4) * (6 + 2)
-    assert padded_numbers((8, 4, 7, 6), (3, 4, 1, 5, 5), geometry, 16, "cpu") == 0
+def test_gradients_that_are_not_wanted() -> None:
+    x, _, weight, _ = (tensor.detach() for tensor in draw(1))
+    geometry = Geometry((1, 1), (1, 2), (1, 1), 4)
+    grad = torch.randn_like(convolve(x, weight[0], geometry))
+    both = gradients(grad, x, weight[0], geometry, (True, True))
+    for wanted in ((True, False), (False, True), (False, False)):
+        found = gradients(grad, x, weight[0], geometry, wanted)
+        assert [one is not None for one in found] == [*wanted]
+        assert all(one is None or torch.equal(one, other) for one, other in zip(found, both, strict=True))
 
 
 @always

@@ -1,0 +1,234 @@
+// Depthwise convolution and its gradients, one channel of one sample (a plane) after the other.
+//
+// A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
+// the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
+// kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
+// computed for the columns in between is dropped, or multiplied with zero.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct Sizes {  // in the order in which Python gives them
+  int64_t planes, height, width, rows, columns, kernel_rows, kernel_columns, down, right, above, left, dilation_rows,
+      dilation_columns, threads;
+};
+
+struct Tap {
+  int64_t weight, offset;  // which of the kernel's, and how far from the output's position its pixel lies
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Pixel> struct Computed { using Number = Pixel; };
+template <> struct Computed<BFloat16> { using Number = float; };
+
+template <typename Pixel> void widen(const Pixel *from, int64_t count, Pixel *to) {
+  if (count > 0) std::memcpy(to, from, count * sizeof(Pixel));
+}
+
+void widen(const BFloat16 *from, int64_t count, float *to) {
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = uint32_t(from[i].bits) << 16;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
+
+template <typename Pixel> void narrow(const Pixel *from, int64_t count, Pixel *to) { widen(from, count, to); }
+
+void narrow(const float *from, int64_t count, BFloat16 *to) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, 4);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    to[i].bits = is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  }
+}
+
+template <typename Pixel> class Depthwise {
+  using Number = typename Computed<Pixel>::Number;
+  static constexpr int LANES = 64 / sizeof(Number);
+  typedef Number Vector __attribute__((vector_size(64)));
+  typedef Number Unaligned __attribute__((vector_size(64), aligned(sizeof(Number)), may_alias));
+
+  const Sizes &z;
+  const int64_t weights = z.kernel_rows * z.kernel_columns;
+  const int64_t reach_down = (z.kernel_rows - 1) * z.dilation_rows / z.down;
+  const int64_t reach_right = (z.kernel_columns - 1) * z.dilation_columns / z.right;
+  const int64_t lines = z.rows + reach_down, pitch = z.columns + reach_right;
+  const int64_t front = reach_down * pitch + reach_right;  // zeros before a gradient
+  const int64_t room = lines * pitch + reach_right + 2 * LANES;  // vectors read and write beyond the end
+  const int64_t phases = z.down * z.right;
+  std::vector<Tap> seen;                 // by the output
+  std::vector<std::vector<Tap>> giving;  // to each phase of the input's gradient
+
+ public:
+  explicit Depthwise(const Sizes &sizes) : z(sizes), giving(phases) {
+    for (int64_t i = 0; i < z.kernel_rows; i++)
+      for (int64_t j = 0; j < z.kernel_columns; j++) {
+        const int64_t down = i * z.dilation_rows, right = j * z.dilation_columns, weight = i * z.kernel_columns + j;
+        const int64_t phase = down % z.down * z.right + right % z.right;
+        const int64_t shift = down / z.down * pitch + right / z.right;
+        seen.push_back({weight, phase * room + shift});
+        giving[phase].push_back({weight, -shift});
+      }
+  }
+
+  void forward(const Pixel *input, const Pixel *kernels, Pixel *output) const {
+#pragma omp parallel num_threads(z.threads)
+    {
+      std::vector<Number> map(phases * room), sums(room), row(line()), kernel(weights);
+#pragma omp for
+      for (int64_t p = 0; p < z.planes; p++) {
+        widen(kernels + p * weights, weights, kernel.data());
+        split(input + p * z.height * z.width, map.data(), row.data());
+        add_up(map.data(), seen, kernel.data(), z.rows * pitch, sums.data());
+        for (int64_t r = 0; r < z.rows; r++)
+          narrow(sums.data() + r * pitch, z.columns, output + (p * z.rows + r) * z.columns);
+      }
+    }
+  }
+
+  // What is not wanted is null.
+  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
+                Pixel *kernels_grad) const {
+#pragma omp parallel num_threads(z.threads)
+    {
+      std::vector<Number> map(phases * room), row(line()), map_grad(phases * room), row_grad(line());
+      std::vector<Number> sums_grad(front + room), kernel(weights);
+#pragma omp for
+      for (int64_t p = 0; p < z.planes; p++) {
+        Number *sums = sums_grad.data() + front;
+        for (int64_t r = 0; r < z.rows; r++)
+          widen(grad + (p * z.rows + r) * z.columns, z.columns, sums + r * pitch);
+        if (kernels_grad) {
+          split(input + p * z.height * z.width, map.data(), row.data());
+          multiply(map.data(), sums, kernel.data());
+          narrow(kernel.data(), weights, kernels_grad + p * weights);
+        }
+        if (input_grad) {
+          widen(kernels + p * weights, weights, kernel.data());
+          for (int64_t phase = 0; phase < phases; phase++)
+            add_up(sums, giving[phase], kernel.data(), lines * pitch, map_grad.data() + phase * room);
+          join(map_grad.data(), input_grad + p * z.height * z.width, row_grad.data());
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t line() const { return std::max(z.left + z.width, pitch * z.right); }
+
+  // Columns of the input that kernels see.
+  int64_t used() const { return std::min(z.width, pitch * z.right - z.left); }
+
+  // Lay out a map in phases; what is padding there is zero and stays so.
+  void split(const Pixel *map, Number *phase, Number *row) const {
+    for (int64_t a = 0; a < z.down; a++, phase += z.right * room)
+      for (int64_t l = 0; l < lines; l++) {
+        const int64_t r = l * z.down + a - z.above;
+        if (r < 0 || r >= z.height) continue;
+        Number *to = phase + l * pitch;
+        if (z.right == 1) {
+          widen(map + r * z.width, used(), to + z.left);
+          continue;
+        }
+        widen(map + r * z.width, used(), row + z.left);
+        if (z.right == 2)
+          for (int64_t c = 0; c < pitch; c++) to[c] = row[2 * c], to[room + c] = row[2 * c + 1];
+        else
+          for (int64_t b = 0; b < z.right; b++)
+            for (int64_t c = 0; c < pitch; c++) to[b * room + c] = row[c * z.right + b];
+      }
+  }
+
+  // The other way round, with zeros for what no kernel sees: nothing is written there into the row, which was zero.
+  void join(const Number *phases, Pixel *map, Number *row) const {
+    for (int64_t r = 0; r < z.height; r++, map += z.width) {
+      const int64_t l = (r + z.above) / z.down, a = (r + z.above) % z.down;
+      const Number *from = phases + a * z.right * room + l * pitch;
+      if (l >= lines)
+        std::memset(map, 0, z.width * sizeof(Pixel));
+      else if (z.right == 1 && used() == z.width)
+        narrow(from + z.left, z.width, map);
+      else {
+        if (z.right == 2)
+          for (int64_t c = 0; c < pitch; c++) row[2 * c] = from[c], row[2 * c + 1] = from[room + c];
+        else
+          for (int64_t b = 0; b < z.right; b++)
+            for (int64_t c = 0; c < pitch; c++) row[c * z.right + b] = from[b * room + c];
+        narrow(row + z.left, z.width, map);
+      }
+    }
+  }
+
+  static void add_up(const Number *from, const std::vector<Tap> &taps, const Number *kernel, int64_t count,
+                     Number *to) {
+    int64_t q = 0;
+    for (; q + 3 * LANES < count; q += 4 * LANES) add_up_vectors<4>(from + q, taps, kernel, to + q);
+    for (; q < count; q += LANES) add_up_vectors<1>(from + q, taps, kernel, to + q);
+  }
+
+  template <int N>
+  static inline void add_up_vectors(const Number *from, const std::vector<Tap> &taps, const Number *kernel,
+                                    Number *to) {
+    Vector sum[N] = {};
+    for (const Tap &tap : taps)
+      for (int n = 0; n < N; n++) sum[n] += kernel[tap.weight] * load(from + tap.offset + n * LANES);
+    for (int n = 0; n < N; n++) *(Unaligned *)(to + n * LANES) = sum[n];
+  }
+
+  // Multiply what each weight sees with the output's gradient, a few rows at a time, which stay in the cache.
+  void multiply(const Number *map, const Number *sums, Number *kernel) const {
+    const int64_t count = z.rows * pitch, part = 64 * LANES;
+    std::fill(kernel, kernel + weights, Number(0));
+    for (int64_t first = 0; first < count; first += part) {
+      const int64_t last = std::min(first + part, count);
+      for (const Tap &tap : seen) {
+        Vector total[4] = {};
+        int64_t q = first;
+        for (; q + 3 * LANES < last; q += 4 * LANES)
+          for (int n = 0; n < 4; n++) total[n] += load(sums + q + n * LANES) * load(map + tap.offset + q + n * LANES);
+        for (; q < last; q += LANES) total[0] += load(sums + q) * load(map + tap.offset + q);
+        kernel[tap.weight] += sum((total[0] + total[1]) + (total[2] + total[3]));
+      }
+    }
+  }
+
+  // Lane by lane it would take longer than all products of a small map.
+  static inline Number sum(Vector vector) {
+    typedef Number Half __attribute__((vector_size(32)));
+    typedef Number Quarter __attribute__((vector_size(16)));
+    Half halves[2];
+    Quarter quarters[2];
+    std::memcpy(halves, &vector, 64);
+    halves[0] += halves[1];
+    std::memcpy(quarters, halves, 32);
+    quarters[0] += quarters[1];
+    Number total = 0;
+    for (int lane = 0; lane < LANES / 4; lane++) total += quarters[0][lane];
+    return total;
+  }
+
+  static inline Vector load(const Number *from) { return *(const Unaligned *)from; }
+};
+
+}  // namespace
+
+#define FUNCTIONS(name, Pixel)                                                                                  \
+  extern "C" void forward_##name(const Sizes *sizes, const Pixel *input, const Pixel *kernels, Pixel *output) { \
+    Depthwise<Pixel>(*sizes).forward(input, kernels, output);                                                   \
+  }                                                                                                             \
+  extern "C" void backward_##name(const Sizes *sizes, const Pixel *grad, const Pixel *input,                    \
+                                  const Pixel *kernels, Pixel *input_grad, Pixel *kernels_grad) {               \
+    Depthwise<Pixel>(*sizes).backward(grad, input, kernels, input_grad, kernels_grad);                          \
+  }
+
+FUNCTIONS(float32, float)
+FUNCTIONS(float64, double)
+FUNCTIONS(bfloat16, BFloat16)
