@@ -24,7 +24,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_holds_all_modules_and_nothing_else(wheel: Path) -> None:
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "dyn_lightning").rglob("*.py")}
+    folder = ROOT / "dyn_lightning"
+    package = {str(path.relative_to(ROOT)) for path in (*folder.rglob("*.py"), *folder.rglob("*.cpp"))}
     callbacks = {f"dyn_lightning/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
     assert inside == package | callbacks
 

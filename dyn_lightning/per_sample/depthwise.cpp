@@ -3,7 +3,8 @@
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
 // kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
-// computed for the columns in between is dropped, or multiplied with zero.
+// computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite numbers
+// may give NaN to more of a gradient here.
 
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +12,15 @@
 #include <vector>
 
 namespace {
+
+// Of the processor's vectors; wider ones would be taken apart by way of the memory.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
 
 struct Sizes {  // in the order in which Python gives them
   int64_t planes, height, width, rows, columns, kernel_rows, kernel_columns, down, right, above, left, dilation_rows,
@@ -52,9 +62,9 @@ void narrow(const float *from, int64_t count, BFloat16 *to) {
 
 template <typename Pixel> class Depthwise {
   using Number = typename Computed<Pixel>::Number;
-  static constexpr int LANES = 64 / sizeof(Number);
-  typedef Number Vector __attribute__((vector_size(64)));
-  typedef Number Unaligned __attribute__((vector_size(64), aligned(sizeof(Number)), may_alias));
+  static constexpr int LANES = BYTES / sizeof(Number);
+  typedef Number Vector __attribute__((vector_size(BYTES)));
+  typedef Number Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(Number)), may_alias));
 
   const Sizes &z;
   const int64_t weights = z.kernel_rows * z.kernel_columns;
@@ -79,7 +89,7 @@ template <typename Pixel> class Depthwise {
       }
   }
 
-  void forward(const Pixel *input, const Pixel *kernels, Pixel *output) const {
+  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> map(phases * room), sums(room), row(line()), kernel(weights);
@@ -99,8 +109,8 @@ template <typename Pixel> class Depthwise {
                 Pixel *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> map(phases * room), row(line()), map_grad(phases * room), row_grad(line());
-      std::vector<Number> sums_grad(front + room), kernel(weights);
+      std::vector<Number> map(kernels_grad ? phases * room : 0), map_grad(input_grad ? phases * room : 0);
+      std::vector<Number> row(line()), row_grad(line()), sums_grad(front + room), kernel(weights);
 #pragma omp for
       for (int64_t p = 0; p < z.planes; p++) {
         Number *sums = sums_grad.data() + front;
@@ -124,15 +134,20 @@ template <typename Pixel> class Depthwise {
  private:
   int64_t line() const { return std::max(z.left + z.width, pitch * z.right); }
 
-  // Columns of the input that kernels see.
-  int64_t used() const { return std::min(z.width, pitch * z.right - z.left); }
+  // Columns and rows of the input up to the last that kernels see: what lies beyond may not be a number.
+  int64_t used() const {
+    return std::min(z.width, (z.columns - 1) * z.right + (z.kernel_columns - 1) * z.dilation_columns + 1 - z.left);
+  }
+  int64_t used_rows() const {
+    return std::min(z.height, (z.rows - 1) * z.down + (z.kernel_rows - 1) * z.dilation_rows + 1 - z.above);
+  }
 
   // Lay out a map in phases; what is padding there is zero and stays so.
   void split(const Pixel *map, Number *phase, Number *row) const {
     for (int64_t a = 0; a < z.down; a++, phase += z.right * room)
       for (int64_t l = 0; l < lines; l++) {
         const int64_t r = l * z.down + a - z.above;
-        if (r < 0 || r >= z.height) continue;
+        if (r < 0 || r >= used_rows()) continue;
         Number *to = phase + l * pitch;
         if (z.right == 1) {
           widen(map + r * z.width, used(), to + z.left);
@@ -154,7 +169,7 @@ template <typename Pixel> class Depthwise {
       const Number *from = phases + a * z.right * room + l * pitch;
       if (l >= lines)
         std::memset(map, 0, z.width * sizeof(Pixel));
-      else if (z.right == 1 && used() == z.width)
+      else if (z.right == 1 && z.left + z.width <= pitch)
         narrow(from + z.left, z.width, map);
       else {
         if (z.right == 2)
@@ -202,16 +217,13 @@ template <typename Pixel> class Depthwise {
 
   // Lane by lane it would take longer than all products of a small map.
   static inline Number sum(Vector vector) {
-    typedef Number Half __attribute__((vector_size(32)));
-    typedef Number Quarter __attribute__((vector_size(16)));
-    Half halves[2];
-    Quarter quarters[2];
-    std::memcpy(halves, &vector, 64);
-    halves[0] += halves[1];
-    std::memcpy(quarters, halves, 32);
-    quarters[0] += quarters[1];
+    typedef Number Part __attribute__((vector_size(16)));
+    Part parts[BYTES / 16];
+    std::memcpy(parts, &vector, BYTES);
+    for (int half = BYTES / 32; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     Number total = 0;
-    for (int lane = 0; lane < LANES / 4; lane++) total += quarters[0][lane];
+    for (size_t lane = 0; lane < 16 / sizeof(Number); lane++) total += parts[0][lane];
     return total;
   }
 
@@ -221,8 +233,8 @@ template <typename Pixel> class Depthwise {
 }  // namespace
 
 #define FUNCTIONS(name, Pixel)                                                                                  \
-  extern "C" void forward_##name(const Sizes *sizes, const Pixel *input, const Pixel *kernels, Pixel *output) { \
-    Depthwise<Pixel>(*sizes).forward(input, kernels, output);                                                   \
+  extern "C" void forward_##name(const Sizes *sizes, Pixel *output, const Pixel *input, const Pixel *kernels) { \
+    Depthwise<Pixel>(*sizes).forward(output, input, kernels);                                                   \
   }                                                                                                             \
   extern "C" void backward_##name(const Sizes *sizes, const Pixel *grad, const Pixel *input,                    \
                                   const Pixel *kernels, Pixel *input_grad, Pixel *kernels_grad) {               \

@@ -1,8 +1,8 @@
 """Depthwise convolutions and their gradients on a CPU, in C++ of our own where torch's are slow.
 
 oneDNN, which computes torch's convolutions there, brings maps into a layout of its own and back. It has a fast gradient
-only for kernels of up to 3 columns, whose output has more rows than there are rows of zeros around the input, in
-bfloat16 without a stride; elsewhere it unfolds each channel, which takes 2 to 20 times as long.
+only for kernels of up to 3 columns whose output has more rows than there are rows of zeros around the input, and in
+bfloat16 only without a stride; elsewhere it unfolds each channel, which takes several times as long.
 """
 
 import ctypes
@@ -20,6 +20,8 @@ from dyn_lightning.per_sample.tracing import in_export, remembered
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
 MANY_POSITIONS = {torch.float32: 80, torch.bfloat16: 256, torch.float64: 1}
+# Steps of the stride, for each position of the output, up to which it is worth while to take maps apart by them.
+MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
@@ -27,11 +29,10 @@ NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, in our own way where that is faster."""
-    trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
     if torch.compiler.is_compiling() and in_export():  # others are to run it without this package
         return _conv2d(input, kernels, geometry)
-    convolve = _convolve if _is_ours(input, kernels, geometry, trained) else _conv2d
-    return convolve(input, kernels, geometry)
+    trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
+    return (_convolve if _is_ours(input, kernels, geometry, trained) else _conv2d)(input, kernels, geometry)
 
 
 def gradients(
@@ -50,7 +51,10 @@ def gradients(
         What is wanted, in the shapes of input and kernels.
     """
     if _is_ours(input, kernels, geometry, True):
-        return _gradients(grad, input, kernels, geometry, wanted)
+        kernels = kernels.contiguous()
+        found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
+        _call("backward", geometry, grad.contiguous(), input, kernels, *found)
+        return found[0], found[1]
     stride, padding, dilation, groups = geometry
     settings = (None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))
     input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, kernels, *settings)
@@ -62,9 +66,11 @@ def is_faster(
 ) -> bool:
     """Tell whether ours is faster than torch's on a CPU, from the shapes that ``gradients`` takes."""
     channels, depth, height, width = kernels
-    if input[0] != 1 or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
+    if input[:2] != (1, channels) or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
         return False
     rows, columns = positions(input, kernels, geometry)
+    if math.prod(geometry.stride) > MOST_STEPS * rows * columns:
+        return False
     if channels * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
         return False
     above = geometry.padding[0]
@@ -78,7 +84,7 @@ def is_faster(
 
 
 def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool) -> bool:
-    if input.device.type != "cpu" or not input.is_contiguous():
+    if input.device.type != "cpu" or kernels.dtype != input.dtype or not input.is_contiguous():
         return False
     find = is_faster if torch.compiler.is_compiling() else _found
     return find(input.shape, kernels.shape, geometry, input.dtype, training)
@@ -88,38 +94,26 @@ _found = remembered(is_faster)  # on small maps each call in Python would be see
 
 
 def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    if not _is_ours(input, kernels, geometry, False):
+    if not _is_ours(input, kernels, geometry, False):  # it is for its gradient that ours was taken
         return _conv2d(input, kernels, geometry)
     output = _empty(input, kernels, geometry)
-    _call("forward", input.dtype, _sizes(input, kernels, geometry), input, kernels.contiguous(), output)
+    _call("forward", geometry, output, input, kernels.contiguous())
     return output
 
 
 def _backward(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, needed: list[bool]) -> list[Tensor]:
-    found = _gradients(grad, input, kernels, geometry, (needed[0], needed[1]))
+    found = gradients(grad, input, kernels, geometry, (needed[0], needed[1]))
     return [gradient for gradient in found if gradient is not None]
 
 
-def _gradients(
-    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    input, kernels = input.contiguous(), kernels.contiguous()
-    found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
-    _call("backward", input.dtype, _sizes(input, kernels, geometry), grad.contiguous(), input, kernels, *found)
-    return found[0], found[1]
-
-
-def _call(name: str, dtype: torch.dtype, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
-    function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-    function((ctypes.c_int64 * len(sizes))(*sizes), *pointers)
-
-
-def _sizes(input: Tensor, kernels: Tensor, geometry: Geometry) -> tuple[int, ...]:
+def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
+    """Call a function of the library, which takes contiguous tensors, with an output or its gradient first."""
     stride, padding, dilation, _ = geometry
-    size = positions(input.shape, kernels.shape, geometry)
-    rest = (*kernels.shape[2:], *stride, *padding, *dilation, torch.get_num_threads())
-    return len(input) * input.shape[1], *input.shape[2:], *size, *rest
+    planes, threads = input.shape[1], min(torch.get_num_threads(), input.shape[1])  # each takes a few planes' memory
+    sizes = (planes, *input.shape[2:], *output.shape[2:], *kernels.shape[2:], *stride, *padding, *dilation, threads)
+    function = getattr(library(), f"{name}_{str(input.dtype).removeprefix('torch.')}")
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)]
+    function((ctypes.c_int64 * len(sizes))(*sizes), *map(ctypes.c_void_p, pointers))
 
 
 def _conv2d(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:

@@ -1,13 +1,16 @@
-"""The package's C++, compiled where it is first used."""
+"""The C++ of depthwise convolutions, compiled where it is first used."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("depthwise.cpp")
-# By what torch says of the processor: with these, a folder that several machines share serves each with its own.
+# By what torch says of the processor, so that machines of several kinds can share a folder.
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -24,32 +27,34 @@ FLAGS = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Compile the functions of ``depthwise.cpp``, once, and load them.
+    """Compile the functions of ``depthwise.cpp``, if that was not done before, and load them.
 
-    Taken are the compiler that the variable CXX names, otherwise g++, and the folder ``dyn_lightning`` in that of
-    XDG_CACHE_HOME, otherwise of ``~/.cache``.
+    The compiler is what the variable CXX names, otherwise g++; the folder is ``dyn_lightning`` in that of
+    XDG_CACHE_HOME, otherwise in ``~/.cache``.
 
     Returns:
-        None where there is no such compiler, or where it fails, with a warning.
+        None on other systems than Linux, where there is no such compiler, or, with a warning, where it fails.
     """
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
-    if shutil.which(compiler[0]) is None:
-        logging.getLogger(__name__).info("depthwise kernels train more slowly: there is no compiler %s", compiler[0])
+    if sys.platform != "linux":  # there g++ is another compiler, or another OpenMP
         return None
-    command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fopenmp"]
-    command += FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
-    version = hashlib.sha256("\n".join([SOURCE.read_text(), *command]).encode()).hexdigest()[:16]
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+        if shutil.which(compiler[0]) is None:
+            logging.getLogger(__name__).info("depthwise convolutions are slower: no compiler %s", compiler[0])
+            return None
+        capability = torch.backends.cpu.get_cpu_capability()
+        command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fopenmp", *FLAGS.get(capability, [])]
+        of = [SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), capability]
+        version = hashlib.sha256("\n".join(of).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn_lightning"
         path = folder / f"{SOURCE.stem}-{version}.so"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _compile(command, compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         text = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        reason = f"{SOURCE.name} was not compiled: {text}"
-        warnings.warn(f"depthwise kernels train more slowly, since {reason}", stacklevel=2)
+        warnings.warn(f"depthwise convolutions are slower: {SOURCE.name} could not be compiled: {text}", stacklevel=2)
         return None
 
 
@@ -60,11 +65,16 @@ def is_compiled() -> bool:
 
 
 def _compile(command: list[str], linker: list[str], path: Path) -> None:
-    """Compile into a file that is there when it is complete: other processes may do the same at the same time."""
+    """Compile into a file that is there when it is complete and was loaded once.
+
+    Other processes may do the same at the same time: the first one's stays, since others may run it already.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part, whole = f"{folder}/part.o", f"{folder}/whole.so"
         run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120)
         run([*command, "-c", str(SOURCE), "-o", part])
         # Without OpenMP's library: the one that torch has loaded serves, and its threads.
         run([*linker, "-shared", part, "-o", whole])
-        os.replace(whole, path)
+        ctypes.CDLL(whole)
+        with contextlib.suppress(FileExistsError):
+            os.link(whole, path)

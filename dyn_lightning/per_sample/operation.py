@@ -31,8 +31,8 @@ def operation(
         tensors: names of what it takes, the input first.
         forward: ``(*tensors, geometry, *settings)`` to the output; the settings are whole numbers.
         backward: ``(grad, *tensors, geometry, *settings, needed)`` to the gradients that are needed.
-        plain: ``(*tensors, geometry)`` to the same output, by torch's own operations, for second derivatives,
-            transforms and complex numbers.
+        plain: ``(*tensors, geometry)`` to the same output, by operations that have these themselves, for second
+            derivatives, transforms and complex numbers.
         empty: ``(*tensors, geometry)`` to memory for the output.
         multiply_adds: ``(*shapes, geometry)`` to those of mixing kernels and those of the convolution.
 

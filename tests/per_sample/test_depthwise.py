@@ -1,5 +1,6 @@
 """Depthwise convolutions in C++ against torch's, which they stand in for."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import depthwise, native
 from dyn_lightning.per_sample.depthwise import convolve, gradients, is_faster
 from dyn_lightning.per_sample.geometry import Geometry, Pair
+from tests.command_line import ROOT
 from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
 
@@ -77,23 +80,84 @@ def is_compiled(y: Tensor) -> bool:
 
 @always
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_equals_torchs(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, threads: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_torchs(
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 3, *size, dtype=torch.float64, requires_grad=True)
-    kernels = torch.randn(3, 1, *kernel, dtype=torch.float64, requires_grad=True)
-    geometry, before = Geometry(stride, padding, dilation, 3), torch.get_num_threads()
-    expected = F.conv2d(x, kernels, None, *geometry)
-    cotangent = torch.randn_like(expected)
+    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((1, 3, *size), (3, 1, *kernel))]
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    geometry = Geometry(stride, padding, dilation, 3)
+    y, expected = convolve(*tensors, geometry), F.conv2d(*wide, None, *geometry)
+    assert is_compiled(y)
+    assert y.dtype == dtype
+    assert_close(y.double(), expected, dtype)
+    cotangent = torch.randn_like(y)
+    for some in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        found = torch.autograd.grad(y, tensors[some], cotangent, retain_graph=True)
+        wanted = torch.autograd.grad(expected, wide[some], cotangent.double(), retain_graph=True)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.dtype == dtype
+            largest = theirs.abs().max().clamp(min=1)  # sums over the map have its rounding
+            assert_close(ours.double() / largest, theirs / largest, dtype)
+
+
+@always
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    x, kernels = (tensor.detach().requires_grad_() for tensor in (draw(1)[0], draw(1)[2][0]))
+    geometry, before = Geometry((1, 2), (1, 2), (1, 1), 4), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         y = convolve(x, kernels, geometry)
         assert is_compiled(y)
+        expected = F.conv2d(x, kernels, None, *geometry)
         assert_close(y, expected)
-        for wanted in ((x, kernels), (x,), (kernels,)):
-            assert_close(*(torch.autograd.grad(out, wanted, cotangent, retain_graph=True) for out in (y, expected)))
+        assert_close(*(torch.autograd.grad(out.square().sum(), (x, kernels)) for out in (y, expected)))
     finally:
         torch.set_num_threads(before)
+
+
+@always
+def test_tensors_that_are_not_dense() -> None:
+    x, _, weight, _ = draw(1)
+    kernels = weight[0].detach().mT.contiguous().mT.requires_grad_()
+    geometry = Geometry((1, 1), (1, 2), (1, 1), 4)
+    y, expected = convolve(x, kernels, geometry), F.conv2d(x, kernels, None, *geometry)
+    assert is_compiled(y)
+    assert_close(*(torch.autograd.grad(out.sum(), (x, kernels)) for out in (y, expected)))  # of an expanded gradient
+
+
+@always
+def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    x[..., -1] = x[..., -1, :] = torch.inf
+    kernels = torch.randn(4, 1, 3, 3, requires_grad=True)
+    y = convolve(x.requires_grad_(), kernels, Geometry((2, 2), (0, 0), (1, 1), 4))
+    assert is_compiled(y)
+    assert all(found.isfinite().all() for found in (y, *torch.autograd.grad(y.sum(), (x, kernels))))
+
+
+@always
+def test_multiply_adds() -> None:
+    x, _, weight, _ = draw(1)
+    with FlopCounterMode(display=False) as counter:
+        y = convolve(x, weight[0], Geometry((1, 1), (1, 2), (1, 1), 4))
+    once = 4 * 7 * 6 * 3 * 5
+    assert counter.get_total_flops() == 2 * once
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(y.sum(), (x, weight))
+    assert counter.get_total_flops() == 2 * 2 * once
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_processors(capability: str, tmp_path: Path) -> None:
+    """Run the tests of shapes with vectors of other widths."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equals_torchs"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert f"{3 * len(SHAPES)} passed" in done.stdout, done.stdout
+    assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
 
 @pytest.mark.parametrize(("kernel", "size", "stride"), [(5, 7, 1), (3, 2, 1), (3, 28, 2), (3, 18, 1)])
@@ -156,11 +220,18 @@ class TestMixedKernels:
         for limit in (1, 1 << 20):
             assert_equals_the_loop(draw(), method, limit, **SMALL)
 
-    def test_images_without_a_gradient(self, method: str) -> None:
-        tensors = draw()
-        leaves = tensors[1:3]
-        outputs = (function(tensors[0].detach(), *leaves, **SMALL) for function in (_by(method), loop))
-        assert_close(*(torch.autograd.grad(y.square().sum(), leaves) for y in outputs))
+    @pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
+    def test_what_needs_no_gradient(self, method: str, needed: tuple[bool, ...]) -> None:
+        tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(draw()[:3], needed, strict=True)]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        outputs = (function(*tensors, **SMALL) for function in (_by(method), loop))
+        assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in outputs))
+
+    def test_gradients_of_several_cotangents(self, method: str) -> None:
+        tensors = draw()[:3]
+        outputs = [function(*tensors, **SMALL) for function in (_by(method), loop)]
+        cotangents = torch.randn(3, *outputs[0].shape, dtype=torch.float64)
+        assert_close(*(torch.autograd.grad(y, tensors, cotangents, is_grads_batched=True) for y in outputs))
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
     def test_transforms(self, method: str) -> None:
@@ -258,6 +329,11 @@ def test_where_ours_is_faster(
     assert not is_faster((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), torch.float32, True)
 
 
+def test_maps_are_not_taken_apart_into_pixels() -> None:
+    geometry = Geometry((36, 36), (0, 0), (1, 1), 4096)
+    assert not is_faster((1, 4096, 36, 36), (4096, 1, 36, 36), geometry, torch.float32, True)
+
+
 class TestCompiling:
     @pytest.fixture(autouse=True)
     def _anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
@@ -272,7 +348,7 @@ class TestCompiling:
         with caplog.at_level("INFO"):
             tensors = draw()
             y = dynamic_conv2d(*tensors, **SMALL)
-        assert "there is no compiler no-such-compiler" in caplog.text
+        assert "no compiler no-such-compiler" in caplog.text
         assert_close(y, loop(*tensors, **SMALL))
         assert calls("aten::convolution_backward", lambda: torch.autograd.grad(y.sum(), tensors)) == 1
 
@@ -280,24 +356,48 @@ class TestCompiling:
     def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"no such option\")'")
         tensors = draw()
-        with pytest.warns(UserWarning, match="not compiled: no such option"):
+        with pytest.warns(UserWarning, match=r"could not be compiled: no such option"):
             y = dynamic_conv2d(*tensors, **SMALL)
         assert_close(y, loop(*tensors, **SMALL))
         assert not list((tmp_path / "dyn_lightning").iterdir())
 
-    def test_once_by_several_processes(self, tmp_path: Path) -> None:
-        code = "from dyn_lightning.per_sample.native import is_compiled; assert is_compiled()"
-        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-        assert [process.wait() for process in processes] == [0, 0]
+    def test_by_several_processes_at_once(self, tmp_path: Path) -> None:
+        self._compile_in_another_process(2)
         (one,) = (tmp_path / "dyn_lightning").iterdir()
         written = one.stat().st_mtime_ns
         assert native.is_compiled()
         assert one.stat().st_mtime_ns == written
 
-    def test_a_folder_that_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-        with pytest.warns(UserWarning, match="depthwise kernels train more slowly"):
+    @pytest.mark.parametrize(("variable", "value"), [("XDG_CACHE_HOME", os.devnull), ("CXX", '"')])
+    def test_what_cannot_be_used(self, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+        monkeypatch.setenv(variable, value)
+        with pytest.warns(UserWarning, match="depthwise convolutions are slower"):
             assert not native.is_compiled()
+
+    def test_a_library_that_does_not_load(self, tmp_path: Path) -> None:
+        self._compile_in_another_process()
+        (one,) = (tmp_path / "dyn_lightning").iterdir()
+        one.write_bytes(b"nothing")
+        with pytest.warns(UserWarning, match=f"depthwise convolutions are slower: .*{one.name}"):
+            assert not native.is_compiled()
+
+    @always
+    def test_backward_where_there_is_no_library_anymore(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tensors = draw(1)
+        y = dynamic_conv2d(*tensors, **SMALL)
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        native.library.cache_clear()
+        found = torch.autograd.grad(y.square().sum(), tensors)
+        assert_close(found, torch.autograd.grad(loop(*tensors, **SMALL).square().sum(), tensors))
+
+    def _compile_in_another_process(self, processes: int = 1) -> None:
+        command = [sys.executable, "-c", "from dyn_lightning.per_sample.native import library; assert library()"]
+        started = [subprocess.Popen(command) for _ in range(processes)]
+        assert {process.wait() for process in started} == {0}
+
+    def test_on_other_systems(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert not native.is_compiled()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
