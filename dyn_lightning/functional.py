@@ -59,12 +59,12 @@ def dynamic_conv2d(
             model of their costs (``choose_method``), ``"benchmark"`` times them once a shape (``"auto"`` while
             compiling). All give the same value and the same gradients.
         max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
-            unfolded or padded input, for maps in another layout or for the outputs of K kernels, with their gradients.
-            Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it down to
-            one sample and 64 output channels (32 in products; or all, with groups). Not counted: what a convolution's
-            library takes for a layout of its own, and what second derivatives, forward mode, function transforms,
-            ``torch.jit.trace`` and complex numbers take, for which ``"chunked"`` and ``"triton"`` mix all kernels at
-            once.
+            unfolded input, for maps in another layout or for the outputs of K kernels, with their gradients. Where a
+            method would need more, they take another, at last ``"chunked"``, whose chunks keep to it down to one sample
+            and 64 output channels (32 in products; or all, with groups). Not counted: what a convolution takes for a
+            layout of its own (of a library all maps, in our depthwise one three channels' in each thread), and what
+            second derivatives, forward mode, function transforms, ``torch.jit.trace`` and complex numbers take, for
+            which ``"chunked"`` and ``"triton"`` mix all kernels at once.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.

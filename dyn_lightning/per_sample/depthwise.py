@@ -28,9 +28,9 @@ NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve as ``F.conv2d`` does, in our own way where that is faster."""
-    if torch.compiler.is_compiling() and in_export():  # others are to run it without this package
-        return _conv2d(input, kernels, geometry)
+    """Convolve as ``F.conv2d`` does, depthwise in our own way where that is faster."""
+    if kernels.shape[1] > 1 or (torch.compiler.is_compiling() and in_export()):  # others run exports without us
+        return F.conv2d(input, kernels, None, *geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
     return (_convolve if _is_ours(input, kernels, geometry, trained) else _conv2d)(input, kernels, geometry)
 
