@@ -25,6 +25,7 @@ MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
+LEAST_FORWARD = 1 << 17  # numbers of the input, from which on ours is asked for where there is no backward pass
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
@@ -32,6 +33,8 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     if kernels.shape[1] > 1 or (torch.compiler.is_compiling() and in_export()):  # others run exports without us
         return F.conv2d(input, kernels, None, *geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
+    if not trained and input.numel() < LEAST_FORWARD:  # to ask on would be seen in its time
+        return F.conv2d(input, kernels, None, *geometry)
     return (_convolve if _is_ours(input, kernels, geometry, trained) else _conv2d)(input, kernels, geometry)
 
 

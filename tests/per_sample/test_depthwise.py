@@ -52,6 +52,7 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small maps be computed in C++ too."""
     monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(depthwise, "LEAST_FORWARD", 0)
     monkeypatch.setattr(depthwise, "MANY_POSITIONS", dict.fromkeys(depthwise.MANY_POSITIONS, 0))
     monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
 
