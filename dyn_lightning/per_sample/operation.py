@@ -82,18 +82,7 @@ def operation(
             found = iter(run_backward(grad, *ctx.saved_tensors, ctx.numbers, needed))
         return (*(next(found) if need else None for need in needed), None)
 
-    def flops(*arguments: Any, **_: Any) -> int:
-        return 2 * sum(multiply_adds(*arguments[:count], _unpacked(arguments[count])[0]))
-
-    def backward_flops(*arguments: Any, **_: Any) -> int:
-        _, *shapes = arguments[: 1 + count]
-        numbers, (of_input, *of_kernels) = arguments[1 + count : 3 + count]
-        mixing, products = multiply_adds(*shapes, _unpacked(numbers)[0])
-        # Mixed again, and what they are mixed of; the input's gradient, and the mixed kernels'.
-        return 2 * ((1 + sum(of_kernels)) * mixing + (of_input + any(of_kernels)) * products)
-
-    register_flop_formula(getattr(torch.ops.dyn_lightning, name))(flops)
-    register_flop_formula(getattr(torch.ops.dyn_lightning, f"{name}_backward"))(backward_flops)
+    _count_flops(name, count, multiply_adds)
     run.register_fake(fake)
     run_backward.register_fake(fake_backward)
     run.register_autograd(gradients, setup_context=save)
@@ -106,6 +95,23 @@ def operation(
         return run(*given, [*stride, *padding, *dilation, groups, *settings])
 
     return call
+
+
+def _count_flops(name: str, count: int, multiply_adds: Callable[..., tuple[int, int]]) -> None:
+    """Let torch's counter know the operations of an operation of so many tensors."""
+
+    def flops(*arguments: Any, **_: Any) -> int:
+        return 2 * sum(multiply_adds(*arguments[:count], _unpacked(arguments[count])[0]))
+
+    def backward_flops(*arguments: Any, **_: Any) -> int:
+        _, *shapes = arguments[: 1 + count]
+        numbers, (of_input, *of_kernels) = arguments[1 + count : 3 + count]
+        mixing, products = multiply_adds(*shapes, _unpacked(numbers)[0])
+        # Mixed again, and what they are mixed of; the input's gradient, and the mixed kernels'.
+        return 2 * ((1 + sum(of_kernels)) * mixing + (of_input + any(of_kernels)) * products)
+
+    register_flop_formula(getattr(torch.ops.dyn_lightning, name))(flops)
+    register_flop_formula(getattr(torch.ops.dyn_lightning, f"{name}_backward"))(backward_flops)
 
 
 def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
