@@ -53,6 +53,8 @@ def gradients(
     Returns:
         What is wanted, in the shapes of input and kernels.
     """
+    if input.device.type == "cpu" and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
+        input = input.contiguous()  # a copy costs less than torch's slow gradient
     if _is_ours(input, kernels, geometry, True):
         kernels = kernels.contiguous()
         found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
