@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
+from dyn_lightning.per_sample.depthwise import is_called_directly
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
@@ -17,7 +18,7 @@ MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 6 << 20
 # From so many bytes on, one image's mixed kernel and its copy in the layout of a convolution's library are given back
 # to the system after each layer and fetched again page by page for the next; parts of them are kept.
 LARGE_KERNEL_BYTES = 4 << 20
-# Numbers of one image's unfolded input up to which a depthwise convolution takes longer to begin than its product.
+# Numbers of one image's unfolded input up to which torch's depthwise convolution takes longer to begin than a product.
 FEW_PATCHES = 60_000
 # From so many weights on, to mix those of one image takes longer than to use all K at a single position.
 MANY_WEIGHTS = 2_000_000
@@ -97,7 +98,7 @@ def choose(case: Case) -> str:
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        if case.is_product() or (case.is_depthwise() and case.patches() <= FEW_PATCHES):
+        if case.is_product() or (case.is_depthwise() and multiplies_one(case)):
             return "matmul"
         return "chunked" if mixes_in_parts(case) else "grouped"
     if case.device == "cpu" and (case.convolves_one_by_one() or chunks_are_faster(case)):
@@ -115,6 +116,12 @@ def chunks_are_faster(case: Case) -> bool:
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
     maps = (math.prod(case.input) * case.bytes_each, case.outputs() * case.bytes_each)
     return max(mixed, sum(maps) if case.training else max(maps)) >= FETCHED_BYTES
+
+
+def multiplies_one(case: Case) -> bool:
+    """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
+    quick = case.channels_last or (case.device == "cpu" and is_called_directly(case.training))
+    return not quick and case.patches() <= FEW_PATCHES
 
 
 def mixes_in_parts(case: Case) -> bool:

@@ -7,6 +7,8 @@ bfloat16 only without a stride; elsewhere it unfolds each channel, which takes s
 
 import ctypes
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.native import is_compiled, library
 from dyn_lightning.per_sample.operation import operation
-from dyn_lightning.per_sample.tracing import in_export, remembered
+from dyn_lightning.per_sample.tracing import in_export, is_watched, remembered
 
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
@@ -25,7 +27,8 @@ MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
-LEAST_FORWARD = 1 << 17  # numbers of the input, from which on ours is asked for where there is no backward pass
+# Planes, of one image most of all, up to which ours takes less time where nothing but its function is called.
+FEW_PLANES = 1200
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
@@ -33,9 +36,16 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     if kernels.shape[1] > 1 or (torch.compiler.is_compiling() and in_export()):  # others run exports without us
         return F.conv2d(input, kernels, None, *geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    if not trained and input.numel() < LEAST_FORWARD:  # to ask on would be seen in its time
+    plain = type(input) is type(kernels) is Tensor
+    directly = is_called_directly(trained) and plain and not is_watched()
+    if not _is_ours(input, kernels, geometry, trained, directly):
         return F.conv2d(input, kernels, None, *geometry)
-    return (_convolve if _is_ours(input, kernels, geometry, trained) else _conv2d)(input, kernels, geometry)
+    return (_computed if directly else _convolve)(input, kernels, geometry)
+
+
+def is_called_directly(training: bool) -> bool:
+    """Tell whether ours is called without torch's way of calling operations, which takes longer than a small map."""
+    return not (training or torch.compiler.is_compiling()) and is_compiled()
 
 
 def gradients(
@@ -55,7 +65,7 @@ def gradients(
     """
     if input.device.type == "cpu" and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
         input = input.contiguous()  # a copy costs less than torch's slow gradient
-    if _is_ours(input, kernels, geometry, True):
+    if _is_ours(input, kernels, geometry, training=True):
         kernels = kernels.contiguous()
         found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
         _call("backward", geometry, grad.contiguous(), input, kernels, *found)
@@ -67,12 +77,19 @@ def gradients(
 
 
 def is_faster(
-    input: tuple[int, ...], kernels: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, training: bool
+    input: tuple[int, ...],
+    kernels: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    training: bool,
+    directly: bool = False,
 ) -> bool:
     """Tell whether ours is faster than torch's on a CPU, from the shapes that ``gradients`` takes."""
     channels, depth, height, width = kernels
     if input[:2] != (1, channels) or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
         return False
+    if directly and channels <= FEW_PLANES:
+        return True
     rows, columns = positions(input, kernels, geometry)
     if math.prod(geometry.stride) > MOST_STEPS * rows * columns:
         return False
@@ -88,19 +105,22 @@ def is_faster(
     return (slow or rows * columns >= MANY_POSITIONS[dtype]) and is_compiled()
 
 
-def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool) -> bool:
+def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, directly: bool = False) -> bool:
     if input.device.type != "cpu" or kernels.dtype != input.dtype or not input.is_contiguous():
         return False
     find = is_faster if torch.compiler.is_compiling() else _found
-    return find(input.shape, kernels.shape, geometry, input.dtype, training)
+    return find(input.shape, kernels.shape, geometry, input.dtype, training, directly)
 
 
 _found = remembered(is_faster)  # on small maps each call in Python would be seen
 
 
 def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    if not _is_ours(input, kernels, geometry, False):  # it is for its gradient that ours was taken
-        return _conv2d(input, kernels, geometry)
+    ours = _is_ours(input, kernels, geometry, training=False)  # or it was taken for its gradient alone
+    return (_computed if ours else _conv2d)(input, kernels, geometry)
+
+
+def _computed(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     output = _empty(input, kernels, geometry)
     _call("forward", geometry, output, input, kernels.contiguous())
     return output
@@ -113,12 +133,25 @@ def _backward(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
     """Call a function of the library, which takes contiguous tensors, with an output or its gradient first."""
-    stride, padding, dilation, _ = geometry
-    planes, threads = input.shape[1], min(torch.get_num_threads(), input.shape[1])  # each takes a few planes' memory
-    sizes = (planes, *input.shape[2:], *output.shape[2:], *kernels.shape[2:], *stride, *padding, *dilation, threads)
-    function = getattr(library(), f"{name}_{str(input.dtype).removeprefix('torch.')}")
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)]
-    function((ctypes.c_int64 * len(sizes))(*sizes), *map(ctypes.c_void_p, pointers))
+    function = _function(name, input.dtype)
+    sizes = _sizes(input.shape[1:], output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads())
+    function(sizes, *[None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)])
+
+
+@remembered
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    function.argtypes = [ctypes.c_void_p] * (6 if name == "backward" else 4)
+    return cast(Callable[..., None], function)
+
+
+@remembered
+def _sizes(input: torch.Size, output: torch.Size, kernel: torch.Size, geometry: Geometry, threads: int) -> Any:
+    """Give the ``Sizes`` of the library."""
+    planes, *size = input
+    used = min(threads, planes)  # each takes a few planes' memory
+    sizes = (planes, *size, *output, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation, used)
+    return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
 def _conv2d(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:

@@ -37,7 +37,8 @@ def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     one convolution, the samples are its groups.
     """
     batch, (stride, padding, dilation, groups) = input.shape[0], geometry
-    together = input.reshape(1, -1, *input.shape[2:])
+    # A view of one image would hide from torch that it is channels_last.
+    together = input if batch == 1 else input.reshape(1, -1, *input.shape[2:])
     output = convolve(together, kernels, Geometry(stride, padding, dilation, batch * groups))
     return output.view(batch, -1, *output.shape[2:])
 

@@ -41,6 +41,13 @@ def is_transformed() -> bool:
     return in_function_transform() or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
+def is_watched() -> bool:
+    """Tell whether something looks on at each operation and would miss what is called beside them: a dispatch mode, as
+    those of fake tensors and of counters, a profiler, or a function transform.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled() or is_transformed()
+
+
 def in_function_transform() -> bool:
     """Tell whether ``torch.func`` or ``torch.vmap`` runs, under which tensors do not say how they lie in memory."""
     return torch._C._are_functorch_transforms_active()

@@ -8,7 +8,7 @@ from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import by_name
+from dyn_lightning.per_sample import by_name, depthwise
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
 from dyn_lightning.per_sample.geometry import Geometry
 from tests.tolerances import assert_close
@@ -109,6 +109,25 @@ def test_the_weights_of_one_image_are_mixed_in_groups_and_in_training(monkeypatc
 def test_evaluation_may_choose_otherwise() -> None:
     tensors = torch.empty(32, 160, 7, 7), torch.empty(4, 960, 160, 1, 1)
     assert [choose_method(*tensors, training=training) for training in (True, False)] == ["matmul", "chunked"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "device", "layout", "training", "method"),
+    [
+        (True, "cpu", torch.contiguous_format, False, "grouped"),
+        (False, "cpu", torch.contiguous_format, False, "matmul"),
+        (False, "cpu", torch.channels_last, False, "grouped"),
+        (True, "cpu", torch.contiguous_format, True, "matmul"),
+        (True, "meta", torch.contiguous_format, False, "matmul"),  # as on a GPU
+    ],
+)
+def test_small_depthwise_convolutions_of_one_image(
+    compiled: bool, device: str, layout: Any, training: bool, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depthwise, "is_compiled", lambda: compiled)
+    x = torch.empty(1, 96, 8, 8, device=device).to(memory_format=layout)
+    weight = torch.empty(4, 96, 1, 3, 3, device=device)
+    assert choose_method(x, weight, padding=1, groups=96, training=training) == method
 
 
 def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +23,7 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import depthwise, native
 from dyn_lightning.per_sample.depthwise import convolve, gradients, is_faster
 from dyn_lightning.per_sample.geometry import Geometry, Pair
+from dyn_lightning.per_sample.methods import convolve_each
 from tests.command_line import ROOT
 from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
@@ -45,6 +48,7 @@ SHAPES = [
     ((3, 3), (1, 1), (1, 1), (1, 1), (37, 70)),  # more than the vectors that are multiplied at once
     ((5, 5), (2, 2), (2, 2), (1, 1), (61, 75)),
 ]
+GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 3)
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
 
 
@@ -52,7 +56,6 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small maps be computed in C++ too."""
     monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
-    monkeypatch.setattr(depthwise, "LEAST_FORWARD", 0)
     monkeypatch.setattr(depthwise, "MANY_POSITIONS", dict.fromkeys(depthwise.MANY_POSITIONS, 0))
     monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
 
@@ -101,6 +104,105 @@ def test_equals_torchs(
             assert ours.dtype == dtype
             largest = theirs.abs().max().clamp(min=1)  # sums over the map have its rounding
             assert_close(ours.double() / largest, theirs / largest, dtype)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note the functions of the library that are called, within an operation or without."""
+    names: list[str] = []
+
+    def call(name: str, *arguments: Any) -> None:
+        names.append(name)
+        of_library(name, *arguments)
+
+    of_library = depthwise._call
+    monkeypatch.setattr(depthwise, "_call", call)
+    return names
+
+
+class TestOneImageWithoutABackwardPass:
+    @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_equals_torchs(
+        self,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        size: Pair,
+        dtype: torch.dtype,
+        called: list[str],
+    ) -> None:
+        torch.manual_seed(0)
+        x, kernels = (torch.randn(shape).to(dtype) for shape in ((1, 3, *size), (3, 1, *kernel)))
+        geometry = Geometry(stride, padding, dilation, 3)
+        y = convolve(x, kernels, geometry)
+        assert called == ["forward"]
+        assert y.dtype == dtype
+        assert_close(y.double(), F.conv2d(x.double(), kernels.double(), None, *geometry), dtype)
+
+    def test_of_a_layer(self, called: list[str]) -> None:
+        x, routing, weight, bias = draw(1)
+        y = dynamic_conv2d(x, routing, weight, bias, **SMALL)
+        assert not called
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert_close(dynamic_conv2d(x, routing, weight, bias, **SMALL), y.detach())
+        assert called == ["forward"] * 2
+
+    def test_many_planes_are_left_to_torch(self, called: list[str]) -> None:
+        planes = depthwise.FEW_PLANES + 1
+        convolve(torch.randn(1, planes, 5, 5), torch.randn(planes, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), planes))
+        assert not called
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
+    def test_other_types_are_left_to_torch(self, dtype: torch.dtype, called: list[str]) -> None:
+        convolve(torch.randn(1, 3, 5, 5).to(dtype), torch.ones(3, 1, 3, 3, dtype=dtype), GEOMETRY)
+        assert not called
+
+    def test_counters_and_profilers_see_an_operation(self, called: list[str]) -> None:
+        x, kernels = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
+        with FlopCounterMode(display=False) as counter:
+            convolve(x, kernels, GEOMETRY)
+        assert counter.get_total_flops() == 2 * 3 * 5 * 5 * 3 * 3
+        assert calls("aten::conv2d", lambda: convolve(x, kernels, GEOMETRY)) == 1
+        assert not called
+
+    def test_fake_tensors(self, called: list[str]) -> None:
+        with FakeTensorMode():
+            y = convolve(torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3), GEOMETRY)
+        assert isinstance(y, FakeTensor)
+        assert y.shape == (1, 3, 5, 5)
+        assert not called
+
+    def test_tensors_of_other_classes(self, called: list[str]) -> None:
+        x, kernels = TwoTensor(torch.randn(1, 3, 5, 5), torch.randn(1, 3, 5, 5)), torch.randn(3, 1, 3, 3)
+        y = convolve(x, kernels, GEOMETRY)
+        for found, part in ((y.a, x.a), (y.b, x.b)):
+            assert_close(found, F.conv2d(part, kernels, None, *GEOMETRY))
+        assert not called
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_a_traced_network(self) -> None:
+        layer = DynamicConv2d(8, 8, 3, padding=1, groups=8).eval()
+        x, other = torch.randn(2, 1, 8, 5, 5)
+        with torch.no_grad():
+            assert_close(torch.jit.trace(layer, x)(other), layer(other))
+
+    def test_transforms(self) -> None:
+        x, kernels = torch.randn(4, 1, 3, 5, 5), torch.randn(3, 1, 3, 3)
+        found = torch.vmap(lambda x: convolve(x, kernels, GEOMETRY))(x)
+        assert_close(found, torch.stack([F.conv2d(image, kernels, None, *GEOMETRY) for image in x]))
+
+    @pytest.mark.parametrize("groups", [1, 8])
+    def test_channels_last_is_kept(self, groups: int) -> None:
+        x = torch.randn(1, 8, 5, 6).to(memory_format=torch.channels_last)
+        kernels = torch.randn(8, 8 // groups, 3, 3)
+        geometry = Geometry((1, 1), (1, 1), (1, 1), groups)
+        y = convolve_each(x, kernels, geometry)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_close(y, F.conv2d(x, kernels, None, *geometry))
 
 
 @always
@@ -153,11 +255,11 @@ def test_multiply_adds() -> None:
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_processors(capability: str, tmp_path: Path) -> None:
-    """Run the tests of shapes with vectors of other widths."""
+    """Run both tests of shapes with vectors of other widths."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equals_torchs"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert f"{3 * len(SHAPES)} passed" in done.stdout, done.stdout
+    assert f"{2 * 3 * len(SHAPES)} passed" in done.stdout, done.stdout
     assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
 
