@@ -134,7 +134,8 @@ def choose_method(
 ) -> str:
     """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
 
-    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call.
+    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and for one image
+    without a backward pass on whether there is a compiler for our C++: ranks on equal machines take the same.
 
     Args:
         input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.

@@ -3,10 +3,13 @@
 import math
 from typing import NamedTuple
 
+import torch
+
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.depthwise import is_called_directly
+from dyn_lightning.per_sample.depthwise import FEW_PLANES
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
+from dyn_lightning.per_sample.native import is_compiled
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
 # Where freed memory is not kept, a larger tensor than this is fetched from the system, page by page, each time. From
@@ -78,7 +81,7 @@ CUDA_COSTS = {
 
 def choose(case: Case) -> str:
     """Name the method with the least cost, from shapes, type, kind of device and whether the process keeps freed memory
-    alone: all DDP ranks take the same.
+    and has our C++, alone: all DDP ranks take the same.
     """
     if in_strict_export():  # a comparison would close what is left open of the batch
         return "matmul" if case.is_product() else "grouped"
@@ -120,8 +123,11 @@ def chunks_are_faster(case: Case) -> bool:
 
 def multiplies_one(case: Case) -> bool:
     """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
-    quick = case.channels_last or (case.device == "cpu" and is_called_directly(case.training))
-    return not quick and case.patches() <= FEW_PATCHES
+    if case.device == "cpu" and not (case.training or torch.compiler.is_compiling()):
+        ours = case.dense and case.weight[1] == case.input[1] <= FEW_PLANES and is_compiled()
+        if case.channels_last or ours:
+            return False
+    return case.patches() <= FEW_PATCHES
 
 
 def mixes_in_parts(case: Case) -> bool:

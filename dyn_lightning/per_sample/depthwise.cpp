@@ -60,13 +60,11 @@ void narrow(const float *from, int64_t count, BFloat16 *to) {
   }
 }
 
-// Let the cache fetch what the next plane needs at the same place, where computing and fetching would else take turns.
-template <typename Pixel> inline void fetch(const Pixel *row, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(Pixel)) __builtin_prefetch(row + i, 0, 2);
-}
-
-template <typename Pixel> inline void fetch_to_write(const Pixel *row, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(Pixel)) __builtin_prefetch(row + i, 1, 2);
+// Let the cache fetch what the next plane has, or gets, in the place of a row, while this one's is computed. By number,
+// since after the last plane there is none.
+template <typename Pixel> inline void fetch(const Pixel *row, int64_t plane, int64_t count) {
+  const uintptr_t next = uintptr_t(row) + plane * sizeof(Pixel);
+  for (uintptr_t line = next; line < next + count * sizeof(Pixel); line += 64) __builtin_prefetch((const void *)line, 0, 2);
 }
 
 template <typename Pixel> class Depthwise {
@@ -110,7 +108,7 @@ template <typename Pixel> class Depthwise {
         add_up(map.data(), seen, kernel.data(), z.rows * pitch, sums.data());
         Pixel *to = output + p * outputs;
         for (int64_t r = 0; r < z.rows; r++, to += z.columns) {
-          fetch_to_write(to + outputs, z.columns);
+          fetch(to, outputs, z.columns);
           narrow(sums.data() + r * pitch, z.columns, to);
         }
       }
@@ -129,7 +127,7 @@ template <typename Pixel> class Depthwise {
         Number *sums = sums_grad.data() + front;
         const Pixel *from = grad + p * outputs;
         for (int64_t r = 0; r < z.rows; r++, from += z.columns) {
-          fetch(from + outputs, z.columns);
+          fetch(from, outputs, z.columns);
           widen(from, z.columns, sums + r * pitch);
         }
         if (kernels_grad) {
@@ -165,7 +163,7 @@ template <typename Pixel> class Depthwise {
         const int64_t r = l * z.down + a - z.above;
         if (r < 0 || r >= used_rows()) continue;
         Number *to = phase + l * pitch;
-        fetch(map + inputs + r * z.width, z.width);
+        fetch(map + r * z.width, inputs, z.width);
         if (z.right == 1) {
           widen(map + r * z.width, used(), to + z.left);
           continue;
@@ -184,7 +182,7 @@ template <typename Pixel> class Depthwise {
     for (int64_t r = 0; r < z.height; r++, map += z.width) {
       const int64_t l = (r + z.above) / z.down, a = (r + z.above) % z.down;
       const Number *from = phases + a * z.right * room + l * pitch;
-      fetch_to_write(map + inputs, z.width);
+      fetch(map, inputs, z.width);
       if (l >= lines)
         std::memset(map, 0, z.width * sizeof(Pixel));
       else if (z.right == 1 && z.left + z.width <= pitch)

@@ -27,25 +27,25 @@ MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
-# Planes, of one image most of all, up to which ours takes less time where nothing but its function is called.
+LEAST_FORWARD = 1 << 17  # numbers of the input, from which on ours is asked for where there is no backward pass
+# Planes, of one image, up to which a map of any size is faster where no operation of torch's has to be called.
 FEW_PLANES = 1200
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, depthwise in our own way where that is faster."""
-    if kernels.shape[1] > 1 or (torch.compiler.is_compiling() and in_export()):  # others run exports without us
+    compiling = torch.compiler.is_compiling()
+    served = kernels.shape[1] == 1 and input.device.type == "cpu" and input.dtype in MANY_POSITIONS
+    if not served or (compiling and in_export()):  # others run exports without us
         return F.conv2d(input, kernels, None, *geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    plain = type(input) is type(kernels) is Tensor
-    directly = is_called_directly(trained) and plain and not is_watched()
-    if not _is_ours(input, kernels, geometry, trained, directly):
+    few = not (trained or compiling) and len(kernels) <= FEW_PLANES
+    if not (trained or few) and input.numel() < LEAST_FORWARD:  # to ask on would be seen in its time
         return F.conv2d(input, kernels, None, *geometry)
-    return (_computed if directly else _convolve)(input, kernels, geometry)
-
-
-def is_called_directly(training: bool) -> bool:
-    """Tell whether ours is called without torch's way of calling operations, which takes longer than a small map."""
-    return not (training or torch.compiler.is_compiling()) and is_compiled()
+    if not _is_ours(input, kernels, geometry, trained, few):
+        return F.conv2d(input, kernels, None, *geometry)
+    as_operation = trained or compiling or is_watched(input, kernels)
+    return (_convolve if as_operation else _computed)(input, kernels, geometry)
 
 
 def gradients(
@@ -82,17 +82,20 @@ def is_faster(
     geometry: Geometry,
     dtype: torch.dtype,
     training: bool,
-    directly: bool = False,
+    within: bool = False,
 ) -> bool:
-    """Tell whether ours is faster than torch's on a CPU, from the shapes that ``gradients`` takes."""
+    """Tell whether ours is faster than torch's on a CPU, from the shapes that ``gradients`` takes.
+
+    Within an operation, or without one, its call does not count.
+    """
     channels, depth, height, width = kernels
     if input[:2] != (1, channels) or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
         return False
-    if directly and channels <= FEW_PLANES:
-        return True
     rows, columns = positions(input, kernels, geometry)
     if math.prod(geometry.stride) > MOST_STEPS * rows * columns:
         return False
+    if within and not training and channels <= FEW_PLANES:
+        return is_compiled()
     if channels * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
         return False
     above = geometry.padding[0]
@@ -105,18 +108,18 @@ def is_faster(
     return (slow or rows * columns >= MANY_POSITIONS[dtype]) and is_compiled()
 
 
-def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, directly: bool = False) -> bool:
+def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, within: bool = False) -> bool:
     if input.device.type != "cpu" or kernels.dtype != input.dtype or not input.is_contiguous():
         return False
     find = is_faster if torch.compiler.is_compiling() else _found
-    return find(input.shape, kernels.shape, geometry, input.dtype, training, directly)
+    return find(input.shape, kernels.shape, geometry, input.dtype, training, within)
 
 
 _found = remembered(is_faster)  # on small maps each call in Python would be seen
 
 
 def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    ours = _is_ours(input, kernels, geometry, training=False)  # or it was taken for its gradient alone
+    ours = _is_ours(input, kernels, geometry, training=False, within=True)  # or it was taken for its gradient alone
     return (_computed if ours else _conv2d)(input, kernels, geometry)
 
 

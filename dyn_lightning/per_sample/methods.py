@@ -37,8 +37,11 @@ def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     one convolution, the samples are its groups.
     """
     batch, (stride, padding, dilation, groups) = input.shape[0], geometry
-    # A view of one image would hide from torch that it is channels_last.
-    together = input if batch == 1 else input.reshape(1, -1, *input.shape[2:])
+    # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
+    # would close what is left open of the batch; a tracer's sizes are tensors.
+    if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
+        return convolve(input, kernels, geometry)
+    together = input.reshape(1, -1, *input.shape[2:])
     output = convolve(together, kernels, Geometry(stride, padding, dilation, batch * groups))
     return output.view(batch, -1, *output.shape[2:])
 
@@ -69,7 +72,7 @@ def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -
             kernels = mix_kernels(routing, weight.flatten(2).mT)
         else:
             kernels = mix_kernels(routing, weight).flatten(2).mT
-        return torch.bmm(input.flatten(2).mT, kernels).mT.unflatten(2, input.shape[2:])
+        return torch.bmm(input.flatten(2).mT, kernels).unflatten(1, input.shape[2:]).permute(0, 3, 1, 2)
     kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[1:3])
     return torch.bmm(kernels, input.flatten(2)).view(*kernels.shape[:2], *input.shape[2:])
 
@@ -82,7 +85,7 @@ def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
         rows = unfolded(input, weight.shape[3:], geometry).mT
         products = (rows.flatten(0, 1) @ weight.flatten(0, 1).flatten(1).mT).unflatten(1, (kernels, out_channels))
         shares = routing.repeat_interleave(rows.shape[1], 0).to(products.dtype)
-        return (shares[:, None] @ products).view(*rows.shape[:2], out_channels).mT.unflatten(2, size)
+        return (shares[:, None] @ products).view(rows.shape[0], *size, out_channels).permute(0, 3, 1, 2)
     # F.conv2d wants a group's output channels side by side: (k, g o) -> (g, k, o).
     stacked = weight.unflatten(1, (geometry.groups, -1)).transpose(0, 1).flatten(0, 2)
     outputs = F.conv2d(input, stacked, None, *geometry).unflatten(1, (geometry.groups, kernels, -1))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MOST_REMEMBERED = 4096  # sets of arguments; what comes after them begins anew
@@ -41,11 +42,15 @@ def is_transformed() -> bool:
     return in_function_transform() or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
-def is_watched() -> bool:
-    """Tell whether something looks on at each operation and would miss what is called beside them: a dispatch mode, as
-    those of fake tensors and of counters, a profiler, or a function transform.
+def is_watched(*tensors: Tensor) -> bool:
+    """Tell whether something has to see each operation of these tensors, and would miss what is called beside torch: a
+    mode (fake tensors, counters of operations), a profiler, a function transform, or a tensor that is not its memory
+    alone.
     """
-    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled() or is_transformed()
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    if modes > 0 or torch.autograd._profiler_enabled() or is_transformed():
+        return True
+    return any(type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
 
 
 def in_function_transform() -> bool:

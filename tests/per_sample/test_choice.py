@@ -8,8 +8,9 @@ from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import by_name, depthwise
+from dyn_lightning.per_sample import by_name, choice
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
+from dyn_lightning.per_sample.depthwise import FEW_PLANES
 from dyn_lightning.per_sample.geometry import Geometry
 from tests.tolerances import assert_close
 
@@ -112,22 +113,29 @@ def test_evaluation_may_choose_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiled", "device", "layout", "training", "method"),
+    ("changes", "method"),
     [
-        (True, "cpu", torch.contiguous_format, False, "grouped"),
-        (False, "cpu", torch.contiguous_format, False, "matmul"),
-        (False, "cpu", torch.channels_last, False, "grouped"),
-        (True, "cpu", torch.contiguous_format, True, "matmul"),
-        (True, "meta", torch.contiguous_format, False, "matmul"),  # as on a GPU
+        ({}, "grouped"),
+        ({"compiled": False}, "matmul"),
+        ({"compiled": False, "layout": torch.channels_last}, "grouped"),
+        ({"training": True}, "matmul"),
+        ({"training": True, "layout": torch.channels_last}, "matmul"),
+        ({"device": "meta"}, "matmul"),  # as on a GPU
+        ({"device": "meta", "layout": torch.channels_last}, "matmul"),
+        ({"outputs": 2}, "matmul"),
+        ({"channels": FEW_PLANES + 1, "size": 1, "kernel": 1}, "matmul"),
     ],
 )
 def test_small_depthwise_convolutions_of_one_image(
-    compiled: bool, device: str, layout: Any, training: bool, method: str, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depthwise, "is_compiled", lambda: compiled)
-    x = torch.empty(1, 96, 8, 8, device=device).to(memory_format=layout)
-    weight = torch.empty(4, 96, 1, 3, 3, device=device)
-    assert choose_method(x, weight, padding=1, groups=96, training=training) == method
+    with_all = {"compiled": True, "layout": torch.contiguous_format, "training": False, "device": "cpu", "outputs": 1}
+    given = {**with_all, "channels": 96, "size": 8, "kernel": 3, **changes}
+    monkeypatch.setattr(choice, "is_compiled", lambda: given["compiled"])
+    x = torch.empty(1, given["channels"], given["size"], given["size"], device=given["device"])
+    weight = torch.empty(4, given["channels"] * given["outputs"], 1, *2 * [given["kernel"]], device=given["device"])
+    options = {"padding": given["kernel"] // 2, "groups": given["channels"], "training": given["training"]}
+    assert choose_method(x.to(memory_format=given["layout"]), weight, **options) == method
 
 
 def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +25,6 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import depthwise, native
 from dyn_lightning.per_sample.depthwise import convolve, gradients, is_faster
 from dyn_lightning.per_sample.geometry import Geometry, Pair
-from dyn_lightning.per_sample.methods import convolve_each
 from tests.command_line import ROOT
 from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
@@ -160,13 +161,29 @@ class TestOneImageWithoutABackwardPass:
         convolve(torch.randn(1, 3, 5, 5).to(dtype), torch.ones(3, 1, 3, 3, dtype=dtype), GEOMETRY)
         assert not called
 
-    def test_counters_and_profilers_see_an_operation(self, called: list[str]) -> None:
-        x, kernels = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
-        with FlopCounterMode(display=False) as counter:
-            convolve(x, kernels, GEOMETRY)
-        assert counter.get_total_flops() == 2 * 3 * 5 * 5 * 3 * 3
-        assert calls("aten::conv2d", lambda: convolve(x, kernels, GEOMETRY)) == 1
+    def test_strides_that_leave_few_pixels_are_left_to_torch(self, called: list[str]) -> None:
+        convolve(torch.randn(1, 3, 3, 3), torch.randn(3, 1, 3, 3), GEOMETRY._replace(stride=(1000, 1000)))
         assert not called
+
+    def test_counters_profilers_and_modes_see_an_operation(self, called: list[str]) -> None:
+        seen: list[Any] = []
+
+        class Mode(TorchFunctionMode):
+            def __torch_function__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+                seen.append(function)
+                return function(*given, **(named or {}))
+
+        for size in (5, 200):  # of a small map the C++ is asked for one image alone
+            x, kernels = torch.randn(1, 3, size, size), torch.randn(3, 1, 3, 3)
+            with FlopCounterMode(display=False) as counter:
+                convolve(x, kernels, GEOMETRY)
+            assert counter.get_total_flops() == 2 * 3 * size * size * 3 * 3
+            assert calls("dyn_lightning::depthwise", lambda: convolve(x, kernels, GEOMETRY)) == 1  # noqa: B023
+            with Mode():
+                convolve(x, kernels, GEOMETRY)
+            assert torch.ops.dyn_lightning.depthwise.default in seen
+            seen.clear()
+        assert called == ["forward"] * 6
 
     def test_fake_tensors(self, called: list[str]) -> None:
         with FakeTensorMode():
@@ -175,12 +192,19 @@ class TestOneImageWithoutABackwardPass:
         assert y.shape == (1, 3, 5, 5)
         assert not called
 
-    def test_tensors_of_other_classes(self, called: list[str]) -> None:
-        x, kernels = TwoTensor(torch.randn(1, 3, 5, 5), torch.randn(1, 3, 5, 5)), torch.randn(3, 1, 3, 3)
-        y = convolve(x, kernels, GEOMETRY)
-        for found, part in ((y.a, x.a), (y.b, x.b)):
-            assert_close(found, F.conv2d(part, kernels, None, *GEOMETRY))
-        assert not called
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda x: TwoTensor(x, x.clone()),
+            torch._neg_view,
+            lambda x: torch._efficientzerotensor(x.shape),
+            lambda x: x.mT.contiguous().mT,
+            lambda x: x[:, :1].expand(x.shape),
+        ],
+    )
+    def test_tensors_that_are_not_their_memory_alone(self, change: Callable[[Tensor], Tensor]) -> None:
+        x, kernels = change(torch.randn(1, 3, 5, 5)), torch.randn(3, 1, 3, 3)
+        assert_close(convolve(x, kernels, GEOMETRY), F.conv2d(x, kernels, None, *GEOMETRY))
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated")
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -190,19 +214,26 @@ class TestOneImageWithoutABackwardPass:
         with torch.no_grad():
             assert_close(torch.jit.trace(layer, x)(other), layer(other))
 
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
     def test_transforms(self) -> None:
         x, kernels = torch.randn(4, 1, 3, 5, 5), torch.randn(3, 1, 3, 3)
         found = torch.vmap(lambda x: convolve(x, kernels, GEOMETRY))(x)
         assert_close(found, torch.stack([F.conv2d(image, kernels, None, *GEOMETRY) for image in x]))
+        tangent = (torch.randn_like(x[0]),)
+        _, along = torch.func.jvp(lambda x: convolve(x, kernels, GEOMETRY), (x[0],), tangent)
+        assert_close(along, F.conv2d(*tangent, kernels, None, *GEOMETRY))
 
-    @pytest.mark.parametrize("groups", [1, 8])
-    def test_channels_last_is_kept(self, groups: int) -> None:
-        x = torch.randn(1, 8, 5, 6).to(memory_format=torch.channels_last)
-        kernels = torch.randn(8, 8 // groups, 3, 3)
-        geometry = Geometry((1, 1), (1, 1), (1, 1), groups)
-        y = convolve_each(x, kernels, geometry)
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        assert_close(y, F.conv2d(x, kernels, None, *geometry))
+    def test_by_several_threads(self) -> None:
+        x, kernels = torch.randn(16, 1, 64, 30, 30), torch.randn(64, 1, 3, 3)
+        geometry = GEOMETRY._replace(groups=64)
+        with ThreadPoolExecutor(4) as threads:
+            found = [*threads.map(lambda image: convolve(image, kernels, geometry), x)]
+        assert_close(found, [F.conv2d(image, kernels, None, *geometry) for image in x])
+
+    def test_on_a_device_that_it_cannot_serve_nothing_is_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(depthwise, "is_compiled", lambda: pytest.fail("compiled"))
+        y = convolve(torch.empty(1, 3, 5, 5, device="meta"), torch.empty(3, 1, 3, 3, device="meta"), GEOMETRY)
+        assert y.device.type == "meta"
 
 
 @always
@@ -531,12 +562,17 @@ def test_gradients_that_are_not_wanted() -> None:
 
 @always
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_export_does_without(strict: bool) -> None:
-    layer = DynamicConv2d(8, 8, 5, padding=2, groups=8)
-    dynamic = ({0: torch.export.Dim("batch", min=2, max=1024)},)
-    exported = torch.export.export(layer, (torch.randn(4, 8, 9, 9),), dynamic_shapes=dynamic, strict=strict)
+@pytest.mark.parametrize("least", [1, 2])
+def test_an_export_does_without(strict: bool, least: int) -> None:
+    layer = DynamicConv2d(8, 8, 5, padding=2, groups=8, method="grouped")
+    dynamic = ({0: torch.export.Dim("batch", min=least, max=1024)},)
+    # As `torch.onnx.export` does, where the example is no limit.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=least == 1):
+        exported = torch.export.export(layer, (torch.randn(4, 8, 9, 9),), dynamic_shapes=dynamic, strict=strict)
     x = torch.randn(3, 8, 9, 9)
     assert_close(exported.module()(x), layer(x))
+    if least == 1:
+        assert_close(exported.module()(x[:1]), layer(x[:1]))
 
 
 def _by(method: str) -> Callable[..., Tensor]:

@@ -2,9 +2,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.per_sample.geometry import Geometry, output_size
 from dyn_lightning.per_sample.methods import matmul, mix_kernels
 from tests.contract import GEOMETRIES
@@ -45,3 +47,18 @@ def test_a_product_copies_neither_maps_nor_mixed_kernels(layout: torch.memory_fo
     assert y.is_contiguous(memory_format=layout)
     assert gradients[0].is_contiguous(memory_format=layout)
     assert max(copied.numbers, default=0) <= weight.numel() < min(input.numel(), 9 * 16 * 8)
+
+
+@pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (8, 3), (1, 1), (2, 1)])
+def test_one_image_in_channels_last_has_torchs_strides(method: str, groups: int, kernel: int) -> None:
+    """Otherwise the next convolution would take it for contiguous."""
+    x = torch.randn(1, 8, 5, 6).to(memory_format=torch.channels_last)
+    weight, bias, routing = torch.randn(4, 8, 8 // groups, kernel, kernel), torch.randn(4, 8), torch.rand(1, 4)
+    expected = F.conv2d(x, weight[0], None, 1, kernel // 2, 1, groups)
+    for given in (None, bias):
+        for grads in (True, False):
+            with torch.set_grad_enabled(grads):
+                options = {"padding": kernel // 2, "groups": groups, "method": method}
+                y = dynamic_conv2d(x, routing, weight, given, **options)
+            assert y.stride() == expected.stride()
