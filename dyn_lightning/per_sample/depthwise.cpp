@@ -38,8 +38,25 @@ struct BFloat16 {
 template <typename Pixel> struct Computed { using Number = Pixel; };
 template <> struct Computed<BFloat16> { using Number = float; };
 
+// Copy N to 2 N bytes.
+template <int N> inline void copy_ends(const char *from, int64_t bytes, char *to) {
+  typedef char Part __attribute__((vector_size(N), aligned(1), may_alias));
+  const Part first = *(const Part *)from, last = *(const Part *)(from + bytes - N);
+  *(Part *)to = first, *(Part *)(to + bytes - N) = last;
+}
+
+// Rows are short: to call memcpy for each would take longer than all products of a small map.
+inline void copy(const char *from, int64_t bytes, char *to) {
+  for (; bytes > 2 * BYTES; bytes -= BYTES, from += BYTES, to += BYTES) copy_ends<BYTES>(from, BYTES, to);
+  if (bytes >= BYTES) return copy_ends<BYTES>(from, bytes, to);
+  if (bytes >= 32) return copy_ends<32>(from, bytes, to);
+  if (bytes >= 16) return copy_ends<16>(from, bytes, to);
+  if (bytes >= 8) return copy_ends<8>(from, bytes, to);
+  if (bytes >= 4) return copy_ends<4>(from, bytes, to);
+}
+
 template <typename Pixel> void widen(const Pixel *from, int64_t count, Pixel *to) {
-  if (count > 0) std::memcpy(to, from, count * sizeof(Pixel));
+  copy((const char *)from, count * sizeof(Pixel), (char *)to);
 }
 
 void widen(const BFloat16 *from, int64_t count, float *to) {

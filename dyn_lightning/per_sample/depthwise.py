@@ -21,15 +21,16 @@ from dyn_lightning.per_sample.tracing import in_export, is_watched, remembered
 
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
-MANY_POSITIONS = {torch.float32: 80, torch.bfloat16: 256, torch.float64: 1}
+MANY_POSITIONS = {torch.float32: 36, torch.bfloat16: 256, torch.float64: 1}
 # Steps of the stride, for each position of the output, up to which it is worth while to take maps apart by them.
 MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 LEAST_FORWARD = 1 << 17  # numbers of the input, from which on ours is asked for where there is no backward pass
-# Planes, of one image, up to which a map of any size is faster where no operation of torch's has to be called.
-FEW_PLANES = 1200
+# Planes, of one image or of few channels, up to which maps of any size are faster where no operation of torch's has to
+# be called.
+FEW_PLANES = {torch.float32: 4096, torch.bfloat16: 1200, torch.float64: 4096}
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
@@ -39,7 +40,7 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     if not served or (compiling and in_export()):  # others run exports without us
         return F.conv2d(input, kernels, None, *geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    few = not (trained or compiling) and len(kernels) <= FEW_PLANES
+    few = not (trained or compiling) and len(kernels) <= FEW_PLANES[input.dtype]
     if not (trained or few) and input.numel() < LEAST_FORWARD:  # to ask on would be seen in its time
         return F.conv2d(input, kernels, None, *geometry)
     if not _is_ours(input, kernels, geometry, trained, few):
@@ -94,7 +95,7 @@ def is_faster(
     rows, columns = positions(input, kernels, geometry)
     if math.prod(geometry.stride) > MOST_STEPS * rows * columns:
         return False
-    if within and not training and channels <= FEW_PLANES:
+    if within and not training and channels <= FEW_PLANES[dtype]:
         return is_compiled()
     if channels * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
         return False

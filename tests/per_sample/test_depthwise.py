@@ -152,7 +152,7 @@ class TestOneImageWithoutABackwardPass:
         assert called == ["forward"] * 2
 
     def test_many_planes_are_left_to_torch(self, called: list[str]) -> None:
-        planes = depthwise.FEW_PLANES + 1
+        planes = depthwise.FEW_PLANES[torch.float32] + 1
         convolve(torch.randn(1, planes, 5, 5), torch.randn(planes, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), planes))
         assert not called
 
@@ -436,15 +436,17 @@ def test_large_maps_in_channels_last_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "size", "forward", "backward", "in_bfloat16"),
     [
-        (3, 1, 1, 7, False, False, False),
-        (3, 1, 1, 9, True, True, False),
+        (3, 1, 1, 5, False, False, False),
+        (3, 1, 1, 6, True, True, False),
+        (3, 2, 1, 10, False, False, True),
+        (3, 2, 1, 12, True, True, True),
         (3, 1, 1, 16, True, True, True),
         (3, 1, 1, 3, False, False, False),  # three rows, two of zeros
         (3, 1, 1, 2, False, True, True),
         (3, 2, 1, 4, False, False, True),  # two rows, zeros above them alone
         (3, 2, 1, 3, False, True, True),
         (1, 1, 0, 1, False, False, False),
-        (5, 1, 2, 7, False, True, True),
+        (5, 1, 2, 5, False, True, True),
         (5, 2, 2, 2, True, True, True),  # one row, two of zeros above
     ],
 )
