@@ -3,8 +3,8 @@
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
 // kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
-// computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite numbers
-// may give NaN to more of a gradient here.
+// computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
+// numbers may give NaN to more of a gradient here.
 
 #include <algorithm>
 #include <cstdint>
@@ -77,11 +77,12 @@ void narrow(const float *from, int64_t count, BFloat16 *to) {
   }
 }
 
-// Let the cache fetch what the next plane has, or gets, in the place of a row, while this one's is computed. By number,
-// since after the last plane there is none.
+// Let the cache fetch what the next plane has in the place of a row, or gets there, while this one's is computed. By
+// number, since after the last plane there is none.
 template <typename Pixel> inline void fetch(const Pixel *row, int64_t plane, int64_t count) {
   const uintptr_t next = uintptr_t(row) + plane * sizeof(Pixel);
-  for (uintptr_t line = next; line < next + count * sizeof(Pixel); line += 64) __builtin_prefetch((const void *)line, 0, 2);
+  const uintptr_t end = next + count * sizeof(Pixel);
+  for (uintptr_t line = next; line < end; line += 64) __builtin_prefetch((const void *)line, 0, 2);
 }
 
 template <typename Pixel> class Depthwise {
