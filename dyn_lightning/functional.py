@@ -84,7 +84,7 @@ def dynamic_conv2d(
         input = added_in_place(input, routing)
     if routing.dtype != weight.dtype:
         routing = routing.to(weight.dtype)
-    full, device = input, input.device.type
+    full, device = input, "cpu" if input.is_cpu else input.device.type  # the latter takes longer
     if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
         input, weight, routing = _as_autocast(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)

@@ -22,27 +22,33 @@ from dyn_lightning.per_sample.tracing import in_export, is_watched, remembered
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
 MANY_POSITIONS = {torch.float32: 36, torch.bfloat16: 256, torch.float64: 1}
+MANY_STRIDED_POSITIONS = {**MANY_POSITIONS, torch.float32: 80}  # the same with a stride
 # Steps of the stride, for each position of the output, up to which it is worth while to take maps apart by them.
 MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
-LEAST_FORWARD = 1 << 17  # numbers of the input, from which on ours is asked for where there is no backward pass
+# Numbers of many planes from which on ours is asked for where there is no backward pass.
+LEAST_FORWARD = 1 << 17
 # Planes, of one image or of few channels, up to which maps of any size are faster where no operation of torch's has to
 # be called.
 FEW_PLANES = {torch.float32: 4096, torch.bfloat16: 1200, torch.float64: 4096}
+MANY_PLANES = max(FEW_PLANES.values())
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, depthwise in our own way where that is faster."""
-    compiling = torch.compiler.is_compiling()
-    served = kernels.shape[1] == 1 and input.device.type == "cpu" and input.dtype in MANY_POSITIONS
-    if not served or (compiling and in_export()):  # others run exports without us
-        return F.conv2d(input, kernels, None, *geometry)
+    planes, depth, *_ = kernels.shape
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    few = not (trained or compiling) and len(kernels) <= FEW_PLANES[input.dtype]
-    if not (trained or few) and input.numel() < LEAST_FORWARD:  # to ask on would be seen in its time
+    small = (
+        not trained and planes > MANY_PLANES and input.numel() < LEAST_FORWARD
+    )  # to ask on would be seen in its time
+    if small or depth > 1 or not input.is_cpu or input.dtype not in MANY_POSITIONS:
         return F.conv2d(input, kernels, None, *geometry)
+    compiling = torch.compiler.is_compiling()
+    if compiling and in_export():  # others run exports without us
+        return F.conv2d(input, kernels, None, *geometry)
+    few = not (trained or compiling) and planes <= FEW_PLANES[input.dtype]
     if not _is_ours(input, kernels, geometry, trained, few):
         return F.conv2d(input, kernels, None, *geometry)
     as_operation = trained or compiling or is_watched(input, kernels)
@@ -106,11 +112,12 @@ def is_faster(
         many_zeros = rows <= above + max(0, below)
         strided = dtype == torch.bfloat16 and geometry.stride != (1, 1)
         slow = width > MOST_COLUMNS or many_zeros or strided
-    return (slow or rows * columns >= MANY_POSITIONS[dtype]) and is_compiled()
+    many = MANY_POSITIONS if geometry.stride == (1, 1) else MANY_STRIDED_POSITIONS
+    return (slow or rows * columns >= many[dtype]) and is_compiled()
 
 
 def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, within: bool = False) -> bool:
-    if input.device.type != "cpu" or kernels.dtype != input.dtype or not input.is_contiguous():
+    if not input.is_cpu or kernels.dtype != input.dtype or not input.is_contiguous():
         return False
     find = is_faster if torch.compiler.is_compiling() else _found
     return find(input.shape, kernels.shape, geometry, input.dtype, training, within)

@@ -36,12 +36,13 @@ def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve sample b of ``(B, C_in, H, W)`` with its kernels, those from b C_out on of ``(B C_out, C_in, kH, kW)``:
     one convolution, the samples are its groups.
     """
-    batch, (stride, padding, dilation, groups) = input.shape[0], geometry
+    batch, _, *size = input.shape
     # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
     # would close what is left open of the batch; a tracer's sizes are tensors.
     if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
         return convolve(input, kernels, geometry)
-    together = input.reshape(1, -1, *input.shape[2:])
+    stride, padding, dilation, groups = geometry
+    together = input.reshape(1, -1, *size)
     output = convolve(together, kernels, Geometry(stride, padding, dilation, batch * groups))
     return output.view(batch, -1, *output.shape[2:])
 

@@ -57,7 +57,8 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small maps be computed in C++ too."""
     monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
-    monkeypatch.setattr(depthwise, "MANY_POSITIONS", dict.fromkeys(depthwise.MANY_POSITIONS, 0))
+    for name in ("MANY_POSITIONS", "MANY_STRIDED_POSITIONS"):
+        monkeypatch.setattr(depthwise, name, dict.fromkeys(depthwise.MANY_POSITIONS, 0))
     monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
 
 
@@ -438,8 +439,8 @@ def test_large_maps_in_channels_last_one_by_one() -> None:
     [
         (3, 1, 1, 5, False, False, False),
         (3, 1, 1, 6, True, True, False),
-        (3, 2, 1, 10, False, False, True),
-        (3, 2, 1, 12, True, True, True),
+        (3, 2, 1, 16, False, False, True),
+        (3, 2, 1, 18, True, True, True),
         (3, 1, 1, 16, True, True, True),
         (3, 1, 1, 3, False, False, False),  # three rows, two of zeros
         (3, 1, 1, 2, False, True, True),
