@@ -28,7 +28,7 @@ MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
-LEAST_FORWARD = 1 << 17  # numbers of many planes from which on ours is asked for where there is no backward pass
+LEAST_ASKED = 1 << 17  # numbers of a map
 # Planes, of one image or of few channels, up to which maps of any size are faster where no operation of torch's has to
 # be called.
 FEW_PLANES = {torch.float32: 4096, torch.bfloat16: 1200, torch.float64: 4096}
@@ -39,8 +39,8 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, depthwise in our own way where that is faster."""
     planes, depth, *_ = kernels.shape
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    # Of small maps, to ask on would be seen in the time.
-    small = not trained and planes > MANY_PLANES and input.numel() < LEAST_FORWARD
+    # Of small maps a few pay without a backward pass alone, many with one; to ask on would be seen in the others' time.
+    small = trained == (planes <= MANY_PLANES) and input.numel() < LEAST_ASKED
     if small or depth > 1 or not input.is_cpu or input.dtype not in MANY_POSITIONS:
         return F.conv2d(input, kernels, None, *geometry)
     compiling = torch.compiler.is_compiling()

@@ -57,6 +57,7 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small maps be computed in C++ too."""
     monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(depthwise, "LEAST_ASKED", 0)
     for name in ("MANY_POSITIONS", "MANY_STRIDED_POSITIONS"):
         monkeypatch.setattr(depthwise, name, dict.fromkeys(depthwise.MANY_POSITIONS, 0))
     monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
