@@ -38,13 +38,13 @@ MANY_PLANES = max(FEW_PLANES.values())
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve as ``F.conv2d`` does, depthwise in our own way where that is faster."""
     planes, depth, *_ = kernels.shape
+    compiling = torch.compiler.is_compiling()
+    if depth > 1 or (compiling and in_export()):  # others run exports without us
+        return F.conv2d(input, kernels, None, *geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
     # Of small maps a few pay without a backward pass alone, many with one; to ask on would be seen in the others' time.
-    small = trained == (planes <= MANY_PLANES) and input.numel() < LEAST_ASKED
-    if small or depth > 1 or not input.is_cpu or input.dtype not in MANY_POSITIONS:
-        return F.conv2d(input, kernels, None, *geometry)
-    compiling = torch.compiler.is_compiling()
-    if compiling and in_export():  # others run exports without us
+    unlikely = planes <= MANY_PLANES if trained else planes > MANY_PLANES
+    if (unlikely and input.numel() < LEAST_ASKED) or not input.is_cpu or input.dtype not in MANY_POSITIONS:
         return F.conv2d(input, kernels, None, *geometry)
     few = not (trained or compiling) and planes <= FEW_PLANES[input.dtype]
     if not _is_ours(input, kernels, geometry, trained, few):

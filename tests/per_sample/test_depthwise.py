@@ -300,9 +300,9 @@ def test_other_processors(capability: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_and_half_precision(kernel: int, size: int, stride: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 4096, size, size).to(dtype).requires_grad_()
-    kernels = torch.randn(4096, 1, kernel, kernel).to(dtype).requires_grad_()
-    geometry = Geometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), 4096)
+    x = torch.randn(1, 8192, size, size).to(dtype).requires_grad_()
+    kernels = torch.randn(8192, 1, kernel, kernel).to(dtype).requires_grad_()
+    geometry = Geometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), 8192)
     y = convolve(x, kernels, geometry)
     assert is_compiled(y)
     cotangent = torch.randn_like(y)
