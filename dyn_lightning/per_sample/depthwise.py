@@ -28,7 +28,7 @@ MOST_STEPS = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
-LEAST_ASKED = 1 << 17  # numbers of a map
+LEAST_ASKED = 1 << 17  # numbers of the input, from which on it is asked in any case whether ours is faster
 # Planes, of one image or of few channels, up to which maps of any size are faster where no operation of torch's has to
 # be called.
 FEW_PLANES = {torch.float32: 4096, torch.bfloat16: 1200, torch.float64: 4096}
@@ -68,7 +68,7 @@ def gradients(
     Returns:
         What is wanted, in the shapes of input and kernels.
     """
-    if input.device.type == "cpu" and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
+    if input.is_cpu and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
         input = input.contiguous()  # a copy costs less than torch's slow gradient
     if _is_ours(input, kernels, geometry, training=True):
         kernels = kernels.contiguous()
