@@ -15,7 +15,8 @@ from dyn_lightning.per_sample.by_name import CHOICES, run
 from dyn_lightning.per_sample.case import MAX_MIXED_BYTES, Case, case_of
 from dyn_lightning.per_sample.choice import choose
 from dyn_lightning.per_sample.fastest import fastest
-from dyn_lightning.per_sample.methods import layout_of, mix_kernels
+from dyn_lightning.per_sample.layout import layout_of
+from dyn_lightning.per_sample.methods import mix_kernels
 from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
 from dyn_lightning.per_sample.tracing import remembered
 

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.depthwise import gradients
+from dyn_lightning.per_sample.depthwise import convolve, gradients
 from dyn_lightning.per_sample.geometry import Geometry, positions
+from dyn_lightning.per_sample.layout import empty_map, is_channels_last
 from dyn_lightning.per_sample.methods import (
-    are_large_maps,
-    convolve_each,
-    empty_map,
+    are_convolved_singly,
     empty_output,
-    is_channels_last,
     mixing_operation,
     multiplies,
     unfolded,
@@ -132,7 +130,7 @@ def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable
     if multiplies(weight.shape, geometry):
         return _multiply_each, _multiply_each_backward
     on_cpu = input.device.type == "cpu"  # a GPU copies faster than it begins convolutions
-    if on_cpu and is_channels_last(input) and are_large_maps(input.shape, weight.shape, geometry):
+    if on_cpu and is_channels_last(input) and are_convolved_singly(input.shape, weight.shape, geometry):
         return _convolve_one_by_one, _convolve_one_by_one_backward
     return _convolve_each, _convolve_each_backward
 
@@ -153,7 +151,7 @@ def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: T
 
 
 def _convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
-    output.copy_(convolve_each(input, kernels.flatten(0, 1), geometry))
+    output.copy_(convolve(input, kernels.flatten(0, 1), geometry))
 
 
 def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
@@ -182,15 +180,11 @@ def _multiply_into(total: Tensor, left: Tensor, right: Tensor, add: bool = False
 
 def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
     grad, input, kernels, total = chunk
-    samples, (stride, padding, dilation, groups) = len(input), geometry
-    if samples > 1:
-        grad, input = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
-    together = Geometry(stride, padding, dilation, samples * groups)
-    part, kernels_grad = gradients(grad, input, kernels.flatten(0, 1), together, mask)
+    part, kernels_grad = gradients(grad, input, kernels.flatten(0, 1), geometry, mask)
     if part is not None and add:
-        total += part.view(total.shape)
+        total += part
     elif part is not None:
-        total.copy_(part.view(total.shape))
+        total.copy_(part)
     return kernels_grad.view(kernels.shape) if kernels_grad is not None else None
 
 

@@ -1,4 +1,5 @@
-// Depthwise convolution and its gradients, one channel of one sample (a plane) after the other.
+// Depthwise convolution and its gradients, of maps that lie plane by plane (a channel of a sample), and of those that lie
+// pixel by pixel, with their channels side by side.
 //
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
@@ -23,8 +24,8 @@ constexpr int BYTES = 16;
 #endif
 
 struct Sizes {  // in the order in which Python gives them
-  int64_t planes, height, width, rows, columns, kernel_rows, kernel_columns, down, right, above, left, dilation_rows,
-      dilation_columns, threads;
+  int64_t samples, channels, height, width, rows, columns, kernel_rows, kernel_columns, down, right, above, left,
+      dilation_rows, dilation_columns, threads;
 };
 
 struct Tap {
@@ -37,6 +38,34 @@ struct BFloat16 {
 
 template <typename Pixel> struct Computed { using Number = Pixel; };
 template <> struct Computed<BFloat16> { using Number = float; };
+template <typename Number> constexpr int LANES = BYTES / sizeof(Number);
+template <typename Number> struct Vectors {
+  typedef Number Vector __attribute__((vector_size(BYTES)));
+  typedef Number Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(Number)), may_alias));
+};
+template <typename Number> using Vector = typename Vectors<Number>::Vector;
+
+template <typename Number> inline Vector<Number> load(const Number *from) {
+  return *(const typename Vectors<Number>::Unaligned *)from;
+}
+
+template <typename Number> inline void store(Vector<Number> vector, Number *to) {
+  *(typename Vectors<Number>::Unaligned *)to = vector;
+}
+
+typedef uint32_t Bits __attribute__((vector_size(BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+
+inline Vector<float> load(const BFloat16 *from) {
+  return (Vector<float>)(__builtin_convertvector(*(const UnalignedHalves *)from, Bits) << 16);
+}
+
+inline void store(Vector<float> vector, BFloat16 *to) {
+  const Bits bits = (Bits)vector, is_nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  *(UnalignedHalves *)to = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
+}
 
 // Copy N to 2 N bytes.
 template <int N> inline void copy_ends(const char *from, int64_t bytes, char *to) {
@@ -85,13 +114,13 @@ template <typename Pixel> inline void fetch(const Pixel *row, int64_t plane, int
   for (uintptr_t line = next; line < end; line += 64) __builtin_prefetch((const void *)line, 0, 2);
 }
 
-template <typename Pixel> class Depthwise {
+template <typename Pixel> class PlaneByPlane {
   using Number = typename Computed<Pixel>::Number;
-  static constexpr int LANES = BYTES / sizeof(Number);
-  typedef Number Vector __attribute__((vector_size(BYTES)));
-  typedef Number Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(Number)), may_alias));
+  static constexpr int LANES = ::LANES<Number>;
+  using Vector = ::Vector<Number>;
 
   const Sizes &z;
+  const int64_t planes = z.samples * z.channels;
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
   const int64_t weights = z.kernel_rows * z.kernel_columns;
   const int64_t reach_down = (z.kernel_rows - 1) * z.dilation_rows / z.down;
@@ -104,7 +133,7 @@ template <typename Pixel> class Depthwise {
   std::vector<std::vector<Tap>> giving;  // to each phase of the input's gradient
 
  public:
-  explicit Depthwise(const Sizes &sizes) : z(sizes), giving(phases) {
+  explicit PlaneByPlane(const Sizes &sizes) : z(sizes), giving(phases) {
     for (int64_t i = 0; i < z.kernel_rows; i++)
       for (int64_t j = 0; j < z.kernel_columns; j++) {
         const int64_t down = i * z.dilation_rows, right = j * z.dilation_columns, weight = i * z.kernel_columns + j;
@@ -120,7 +149,7 @@ template <typename Pixel> class Depthwise {
     {
       std::vector<Number> map(phases * room), sums(room), row(line()), kernel(weights);
 #pragma omp for
-      for (int64_t p = 0; p < z.planes; p++) {
+      for (int64_t p = 0; p < planes; p++) {
         widen(kernels + p * weights, weights, kernel.data());
         split(input + p * inputs, map.data(), row.data());
         add_up(map.data(), seen, kernel.data(), z.rows * pitch, sums.data());
@@ -141,7 +170,7 @@ template <typename Pixel> class Depthwise {
       std::vector<Number> map(kernels_grad ? phases * room : 0), map_grad(input_grad ? phases * room : 0);
       std::vector<Number> row(line()), row_grad(line()), sums_grad(front + room), kernel(weights);
 #pragma omp for
-      for (int64_t p = 0; p < z.planes; p++) {
+      for (int64_t p = 0; p < planes; p++) {
         Number *sums = sums_grad.data() + front;
         const Pixel *from = grad + p * outputs;
         for (int64_t r = 0; r < z.rows; r++, from += z.columns) {
@@ -229,7 +258,7 @@ template <typename Pixel> class Depthwise {
     Vector sum[N] = {};
     for (const Tap &tap : taps)
       for (int n = 0; n < N; n++) sum[n] += kernel[tap.weight] * load(from + tap.offset + n * LANES);
-    for (int n = 0; n < N; n++) *(Unaligned *)(to + n * LANES) = sum[n];
+    for (int n = 0; n < N; n++) store(sum[n], to + n * LANES);
   }
 
   // Multiply what each weight sees with the output's gradient, a few rows at a time, which stay in the cache.
@@ -260,21 +289,172 @@ template <typename Pixel> class Depthwise {
     for (size_t lane = 0; lane < 16 / sizeof(Number); lane++) total += parts[0][lane];
     return total;
   }
+};
 
-  static inline Vector load(const Number *from) { return *(const Unaligned *)from; }
+// Of maps whose channels lie side by side, in vectors of some of them; the last vectors may overlap.
+template <typename Pixel> class PixelByPixel {
+  using Number = typename Computed<Pixel>::Number;
+  static constexpr int LANES = ::LANES<Number>;
+  using Vector = ::Vector<Number>;
+
+  struct Meeting {
+    int64_t weight, place;  // which row or column of the kernel, and where on the other side
+  };
+  using Meetings = std::vector<std::vector<Meeting>>;  // of each row or column of one side
+
+  const Sizes &z;
+  const int64_t weights = z.kernel_rows * z.kernel_columns;
+  const int64_t vectors = (z.channels + LANES - 1) / LANES, pitch = vectors * LANES;
+  Meetings rows, columns, rows_back, columns_back;
+  std::vector<int64_t> first;  // channel of each vector
+
+ public:
+  explicit PixelByPixel(const Sizes &sizes) : z(sizes) {
+    rows = meetings(z.rows, z.down, z.above, z.kernel_rows, z.dilation_rows, z.height);
+    columns = meetings(z.columns, z.right, z.left, z.kernel_columns, z.dilation_columns, z.width);
+    rows_back = turned(rows, z.height), columns_back = turned(columns, z.width);
+    for (int64_t v = 0; v < vectors; v++) first.push_back(std::min(v * LANES, z.channels - LANES));
+  }
+
+  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
+#pragma omp parallel num_threads(z.threads)
+    {
+      std::vector<Number> kernel(weights * pitch);
+#pragma omp for
+      for (int64_t s = 0; s < z.samples; s++) {
+        lay_out(kernels + s * z.channels * weights, kernel.data());
+        add_up(input + s * inputs(), z.width, rows, columns, kernel.data(), output + s * outputs());
+      }
+    }
+  }
+
+  // What is not wanted is null.
+  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
+                Pixel *kernels_grad) const {
+#pragma omp parallel num_threads(z.threads)
+    {
+      std::vector<Number> kernel(weights * pitch);
+#pragma omp for
+      for (int64_t s = 0; s < z.samples; s++) {
+        const Pixel *from = grad + s * outputs();
+        if (kernels_grad) {
+          multiply(input + s * inputs(), from, kernel.data());
+          lay_back(kernel.data(), kernels_grad + s * z.channels * weights);
+        }
+        if (input_grad) {
+          lay_out(kernels + s * z.channels * weights, kernel.data());
+          add_up(from, z.columns, rows_back, columns_back, kernel.data(), input_grad + s * inputs());
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t inputs() const { return z.height * z.width * z.channels; }
+  int64_t outputs() const { return z.rows * z.columns * z.channels; }
+
+  static Meetings meetings(int64_t outputs, int64_t step, int64_t before, int64_t weights, int64_t dilation,
+                           int64_t inputs) {
+    Meetings found(outputs);
+    for (int64_t o = 0; o < outputs; o++)
+      for (int64_t w = 0; w < weights; w++) {
+        const int64_t place = o * step - before + w * dilation;
+        if (place >= 0 && place < inputs) found[o].push_back({w, place});
+      }
+    return found;
+  }
+
+  static Meetings turned(const Meetings &meetings, int64_t count) {
+    Meetings found(count);
+    for (size_t o = 0; o < meetings.size(); o++)
+      for (const Meeting &met : meetings[o]) found[met.place].push_back({met.weight, int64_t(o)});
+    return found;
+  }
+
+  // Lay the weights of a sample's kernels out as maps are, vector by vector.
+  void lay_out(const Pixel *kernels, Number *kernel) const {
+    for (int64_t v = 0; v < vectors; v++)
+      for (int64_t lane = 0; lane < LANES; lane++)
+        for (int64_t w = 0; w < weights; w++)
+          widen(kernels + (first[v] + lane) * weights + w, 1, kernel + w * pitch + v * LANES + lane);
+  }
+
+  void lay_back(const Number *kernel, Pixel *kernels) const {
+    for (int64_t v = 0; v < vectors; v++)
+      for (int64_t lane = 0; lane < LANES; lane++)
+        for (int64_t w = 0; w < weights; w++)
+          narrow(kernel + w * pitch + v * LANES + lane, 1, kernels + (first[v] + lane) * weights + w);
+  }
+
+  // Give each pixel of a map the sum of those that it meets, each times a weight.
+  void add_up(const Pixel *from, int64_t width, const Meetings &rows, const Meetings &columns, const Number *kernel,
+              Pixel *to) const {
+    for (const auto &of_row : rows)
+      for (const auto &of_column : columns) {
+        int64_t v = 0;
+        for (; v + 3 < vectors; v += 4) add_up_vectors<4>(from, width, of_row, of_column, kernel, v, to);
+        for (; v < vectors; v++) add_up_vectors<1>(from, width, of_row, of_column, kernel, v, to);
+        to += z.channels;
+      }
+  }
+
+  template <int N>
+  inline void add_up_vectors(const Pixel *from, int64_t width, const std::vector<Meeting> &of_row,
+                             const std::vector<Meeting> &of_column, const Number *kernel, int64_t v, Pixel *to) const {
+    Vector sum[N] = {};
+    for (const Meeting &row : of_row)
+      for (const Meeting &column : of_column) {
+        const Pixel *pixel = from + (row.place * width + column.place) * z.channels;
+        const Number *weight = kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES;
+        for (int n = 0; n < N; n++) sum[n] += load(weight + n * LANES) * load(pixel + first[v + n]);
+      }
+    for (int n = 0; n < N; n++) store(sum[n], to + first[v + n]);
+  }
+
+  // Multiply what each weight sees with the output's gradient, row by row, which stay in the cache.
+  void multiply(const Pixel *input, const Pixel *grad, Number *kernel) const {
+    std::fill(kernel, kernel + weights * pitch, Number(0));
+    for (int64_t r = 0; r < z.rows; r++, grad += z.columns * z.channels)
+      for (const Meeting &row : rows[r]) {
+        const Pixel *pixels = input + row.place * z.width * z.channels;
+        Number *sums = kernel + row.weight * z.kernel_columns * pitch;
+        int64_t v = 0;
+        for (; v + 3 < vectors; v += 4) multiply_vectors<4>(pixels, grad, v, sums);
+        for (; v < vectors; v++) multiply_vectors<1>(pixels, grad, v, sums);
+      }
+  }
+
+  template <int N> inline void multiply_vectors(const Pixel *pixels, const Pixel *grad, int64_t v, Number *sums) const {
+    for (int64_t w = 0; w < z.kernel_columns; w++) {
+      Number *sum = sums + w * pitch + v * LANES;
+      Vector total[N] = {};
+      for (int64_t c = 0; c < z.columns; c++) {
+        const int64_t place = c * z.right - z.left + w * z.dilation_columns;
+        if (place < 0 || place >= z.width) continue;
+        for (int n = 0; n < N; n++) {
+          const int64_t channel = first[v + n];
+          total[n] += load(pixels + place * z.channels + channel) * load(grad + c * z.channels + channel);
+        }
+      }
+      for (int n = 0; n < N; n++) store(load(sum + n * LANES) + total[n], sum + n * LANES);
+    }
+  }
 };
 
 }  // namespace
 
-#define FUNCTIONS(name, Pixel)                                                                                  \
+#define FUNCTIONS(name, Class, Pixel)                                                                           \
   extern "C" void forward_##name(const Sizes *sizes, Pixel *output, const Pixel *input, const Pixel *kernels) { \
-    Depthwise<Pixel>(*sizes).forward(output, input, kernels);                                                   \
+    Class<Pixel>(*sizes).forward(output, input, kernels);                                                       \
   }                                                                                                             \
   extern "C" void backward_##name(const Sizes *sizes, const Pixel *grad, const Pixel *input,                    \
                                   const Pixel *kernels, Pixel *input_grad, Pixel *kernels_grad) {               \
-    Depthwise<Pixel>(*sizes).backward(grad, input, kernels, input_grad, kernels_grad);                          \
+    Class<Pixel>(*sizes).backward(grad, input, kernels, input_grad, kernels_grad);                              \
   }
 
-FUNCTIONS(float32, float)
-FUNCTIONS(float64, double)
-FUNCTIONS(bfloat16, BFloat16)
+FUNCTIONS(float32, PlaneByPlane, float)
+FUNCTIONS(float64, PlaneByPlane, double)
+FUNCTIONS(bfloat16, PlaneByPlane, BFloat16)
+FUNCTIONS(last_float32, PixelByPixel, float)
+FUNCTIONS(last_float64, PixelByPixel, double)
+FUNCTIONS(last_bfloat16, PixelByPixel, BFloat16)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
+from dyn_lightning.per_sample.layout import empty_map, format_of, layout_of
 from dyn_lightning.per_sample.native import is_compiled, library
 from dyn_lightning.per_sample.operation import operation
 from dyn_lightning.per_sample.tracing import in_export, is_watched, remembered
@@ -33,22 +34,34 @@ LEAST_ASKED = 1 << 17  # numbers of the input, from which on it is asked in any 
 # be called.
 FEW_PLANES = {torch.float32: 4096, torch.bfloat16: 1200, torch.float64: 4096}
 MANY_PLANES = max(FEW_PLANES.values())
+LEAST_CHANNELS = 16  # in channels_last: of the widest vector
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve as ``F.conv2d`` does, depthwise in our own way where that is faster."""
+    """Convolve each sample with kernels of its own, depthwise in our own way where that is faster.
+
+    Args:
+        input: ``(B, C_in, H, W)``.
+        kernels: ``(B C_out, C_in / groups, kH, kW)``, those of sample b from b C_out on.
+        geometry: of a sample's convolution.
+
+    Returns:
+        ``(B, C_out, H', W')``.
+    """
     planes, depth, *_ = kernels.shape
     compiling = torch.compiler.is_compiling()
-    if depth > 1 or (compiling and in_export()):  # others run exports without us
-        return F.conv2d(input, kernels, None, *geometry)
+    if compiling and in_export():  # others run it without us
+        return _as_groups(input, kernels, geometry)
+    if depth > 1:  # to the compiler's eyes a convolution is faster in channels_last, which one of many groups is not
+        return (_convolve if compiling and input.is_cpu else _as_groups)(input, kernels, geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
     # Of small maps a few pay without a backward pass alone, many with one; to ask on would be seen in the others' time.
     unlikely = planes <= MANY_PLANES if trained else planes > MANY_PLANES
     if (unlikely and input.numel() < LEAST_ASKED) or not input.is_cpu or input.dtype not in MANY_POSITIONS:
-        return F.conv2d(input, kernels, None, *geometry)
+        return _as_groups(input, kernels, geometry)
     few = not (trained or compiling) and planes <= FEW_PLANES[input.dtype]
     if not _is_ours(input, kernels, geometry, trained, few):
-        return F.conv2d(input, kernels, None, *geometry)
+        return _as_groups(input, kernels, geometry)
     as_operation = trained or compiling or is_watched(input, kernels)
     return (_convolve if as_operation else _computed)(input, kernels, geometry)
 
@@ -56,29 +69,33 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 def gradients(
     grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute a convolution's gradients, in our own way where that is faster.
+    """Compute the gradients of ``convolve``, in our own way where that is faster.
 
     Args:
-        grad: ``(1, C_out, H', W')``, of the output.
-        input: ``(1, C_in, H, W)``.
-        kernels: ``(C_out, C_in / groups, kH, kW)``.
-        geometry: of the convolution.
+        grad: ``(B, C_out, H', W')``, of the output.
+        input: as in ``convolve``.
+        kernels: as in ``convolve``.
+        geometry: of a sample's convolution.
         wanted: whether the gradient of the input is wanted, and that of the kernels.
 
     Returns:
         What is wanted, in the shapes of input and kernels.
     """
-    if input.is_cpu and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
+    ours = _is_ours(input, kernels, geometry, training=True)
+    if not ours and input.is_cpu and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
         input = input.contiguous()  # a copy costs less than torch's slow gradient
-    if _is_ours(input, kernels, geometry, training=True):
-        kernels = kernels.contiguous()
+        ours = _is_ours(input, kernels, geometry, training=True)
+    if ours:
+        kernels, grad = kernels.contiguous(), grad.contiguous(memory_format=format_of(input))
         found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
-        _call("backward", geometry, grad.contiguous(), input, kernels, *found)
+        _call("backward", geometry, grad, input, kernels, *found)
         return found[0], found[1]
-    stride, padding, dilation, groups = geometry
+    together, (stride, padding, dilation, groups) = _together(input, geometry)
     settings = (None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))
-    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, input, kernels, *settings)
-    return input_grad, kernels_grad
+    if len(input) > 1:
+        grad = grad.reshape(1, -1, *grad.shape[2:])
+    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, together, kernels, *settings)
+    return None if input_grad is None else input_grad.view(input.shape), kernels_grad
 
 
 def is_faster(
@@ -88,20 +105,24 @@ def is_faster(
     dtype: torch.dtype,
     training: bool,
     within: bool = False,
+    layout: str = "contiguous",
 ) -> bool:
-    """Tell whether ours is faster than torch's on a CPU, from the shapes that ``gradients`` takes.
+    """Tell whether ours is faster than torch's on a CPU, from the shapes that ``convolve`` takes.
 
     Within an operation, or without one, its call does not count.
     """
-    channels, depth, height, width = kernels
-    if input[:2] != (1, channels) or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
+    planes, depth, height, width = kernels
+    samples, channels = input[:2]
+    if planes != samples * channels or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
         return False
     rows, columns = positions(input, kernels, geometry)
     if math.prod(geometry.stride) > MOST_STEPS * rows * columns:
         return False
-    if within and not training and channels <= FEW_PLANES[dtype]:
+    if layout == "channels_last":
+        return serves_channels_last(samples, channels)
+    if within and not training and planes <= FEW_PLANES[dtype]:
         return is_compiled()
-    if channels * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
+    if planes * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
         return False
     above = geometry.padding[0]
     below = (rows - 1) * geometry.stride[0] + geometry.dilation[0] * (height - 1) + 1 - above - input[2]
@@ -114,19 +135,26 @@ def is_faster(
     return (slow or rows * columns >= many[dtype]) and is_compiled()
 
 
+def serves_channels_last(samples: int, channels: int) -> bool:
+    """Tell whether ours computes maps in channels_last; of one sample torch's is as fast."""
+    return samples > 1 and channels >= LEAST_CHANNELS and is_compiled()
+
+
 def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, within: bool = False) -> bool:
-    if not input.is_cpu or kernels.dtype != input.dtype or not input.is_contiguous():
+    if not (input.is_cpu and kernels.is_cpu) or kernels.dtype != input.dtype:
         return False
+    layout = layout_of(input)
     find = is_faster if torch.compiler.is_compiling() else _found
-    return find(input.shape, kernels.shape, geometry, input.dtype, training, within)
+    return layout != "strided" and find(input.shape, kernels.shape, geometry, input.dtype, training, within, layout)
 
 
 _found = remembered(is_faster)  # on small maps each call in Python would be seen
 
 
 def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    ours = _is_ours(input, kernels, geometry, training=False, within=True)  # or it was taken for its gradient alone
-    return (_computed if ours else _conv2d)(input, kernels, geometry)
+    if _is_ours(input, kernels, geometry, training=False, within=True):  # or it was taken for its gradient alone
+        return _computed(input, kernels, geometry)
+    return _as_groups(input, kernels, geometry).contiguous(memory_format=format_of(input))  # as the compiler was told
 
 
 def _computed(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
@@ -141,38 +169,55 @@ def _backward(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, 
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
-    """Call a function of the library, which takes contiguous tensors, with an output or its gradient first."""
-    function = _function(name, input.dtype)
-    sizes = _sizes(input.shape[1:], output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads())
+    """Call a function of the library, which takes dense tensors, with an output or its gradient first."""
+    last = not input.is_contiguous()
+    function = _function(f"{name}_last" if last else name, input.dtype)
+    sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last)
     function(sizes, *[None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)])
 
 
 @remembered
 def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    function.argtypes = [ctypes.c_void_p] * (6 if name == "backward" else 4)
+    function.argtypes = [ctypes.c_void_p] * (6 if name.startswith("backward") else 4)
     return cast(Callable[..., None], function)
 
 
 @remembered
-def _sizes(input: torch.Size, output: torch.Size, kernel: torch.Size, geometry: Geometry, threads: int) -> Any:
+def _sizes(
+    input: torch.Size, output: torch.Size, kernel: torch.Size, geometry: Geometry, threads: int, last: bool
+) -> Any:
     """Give the ``Sizes`` of the library."""
-    planes, *size = input
-    used = min(threads, planes)  # each takes a few planes' memory
-    sizes = (planes, *size, *output, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation, used)
+    samples, channels = input[:2]
+    used = min(threads, samples if last else samples * channels)  # each takes a few planes' memory
+    sizes = (*input, *output, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation, used)
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
-def _conv2d(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    return F.conv2d(input, kernels, None, *geometry)
+def _as_groups(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve by one convolution of torch's, whose groups are the samples."""
+    together, geometry = _together(input, geometry)
+    output = F.conv2d(together, kernels, None, *geometry)
+    return output if together is input else output.view(input.shape[0], -1, *output.shape[2:])
+
+
+def _together(input: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    batch, _, *size = input.shape
+    # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
+    # would close what is left open of the batch; a tracer's sizes are tensors.
+    if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
+        return input, geometry
+    stride, padding, dilation, groups = geometry
+    return input.reshape(1, -1, *size), Geometry(stride, padding, dilation, batch * groups)
 
 
 def _empty(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    return input.new_empty(len(input), len(kernels), *positions(input.shape, kernels.shape, geometry))
+    samples = input.shape[0]
+    return empty_map(input, (samples, kernels.shape[0] // samples, *positions(input.shape, kernels.shape, geometry)))
 
 
 def _multiply_adds(input: torch.Size, kernels: torch.Size, geometry: Geometry) -> tuple[int, int]:
-    return 0, input[0] * kernels.numel() * math.prod(positions(input, kernels, geometry))
+    return 0, kernels.numel() * math.prod(positions(input, kernels, geometry))
 
 
-_convolve = operation("depthwise", ("input", "kernels"), _forward, _backward, _conv2d, _empty, _multiply_adds)
+_convolve = operation("depthwise", ("input", "kernels"), _forward, _backward, _as_groups, _empty, _multiply_adds)

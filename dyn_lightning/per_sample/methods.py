@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.depthwise import convolve
+from dyn_lightning.per_sample.depthwise import convolve, serves_channels_last
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
+from dyn_lightning.per_sample.layout import empty_map, is_channels_last
 from dyn_lightning.per_sample.operation import operation
-from dyn_lightning.per_sample.tracing import in_function_transform
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
@@ -32,21 +32,6 @@ def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[1:])
 
 
-def convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve sample b of ``(B, C_in, H, W)`` with its kernels, those from b C_out on of ``(B C_out, C_in, kH, kW)``:
-    one convolution, the samples are its groups.
-    """
-    batch, _, *size = input.shape
-    # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
-    # would close what is left open of the batch; a tracer's sizes are tensors.
-    if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
-        return convolve(input, kernels, geometry)
-    stride, padding, dilation, groups = geometry
-    together = input.reshape(1, -1, *size)
-    output = convolve(together, kernels, Geometry(stride, padding, dilation, batch * groups))
-    return output.view(batch, -1, *output.shape[2:])
-
-
 def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: a matrix product with the unfolded sample."""
     batch, out_channels = kernels.shape[:2]
@@ -60,7 +45,7 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and put the batch into the groups of one convolution: the usual form."""
     kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[2:])  # a view less than `mix_kernels`' two
-    return convolve_each(input, kernels, geometry)
+    return convolve(input, kernels, geometry)
 
 
 def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -106,11 +91,17 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
     return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
 
 
-def are_large_maps(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> bool:
-    """Tell whether a convolution for each sample pays in channels_last: for maps also larger than the kernels."""
+def are_convolved_singly(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> bool:
+    """Tell whether a convolution for each sample pays on a CPU in channels_last: for maps also larger than the kernels,
+    where ours does not serve.
+    """
+    least = LARGE_MAPS
+    if is_depthwise(weight, geometry.groups):
+        if weight[1] == input[1] and serves_channels_last(*input[:2]):
+            return False
+        least = LARGE_DEPTHWISE_MAPS
     maps = math.prod(input[1:]) + weight[1] * math.prod(positions(input, weight, geometry))
-    least = LARGE_DEPTHWISE_MAPS if is_depthwise(weight, geometry.groups) else LARGE_MAPS
-    return maps > max(least, math.prod(weight[1:]))
+    return not multiplies(weight, geometry) and maps > max(least, math.prod(weight[1:]))
 
 
 def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tensor:
@@ -145,22 +136,3 @@ def _multiply_adds(input: torch.Size, routing: torch.Size, weight: torch.Size, g
 def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Give memory for the output."""
     return empty_map(input, (input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)))
-
-
-def empty_map(input: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Give memory for a map of a size: channels_last if the input is, otherwise contiguous."""
-    layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
-
-
-def layout_of(input: Tensor) -> str:
-    """Say how a map lies in memory: "contiguous", "channels_last", or "strided" for anything else."""
-    if input.is_contiguous():
-        return "contiguous"
-    last = not in_function_transform() and input.is_contiguous(memory_format=torch.channels_last)
-    return "channels_last" if last else "strided"
-
-
-def is_channels_last(input: Tensor) -> bool:
-    """Tell whether a map lies in memory pixel by pixel, and not channel by channel too."""
-    return layout_of(input) == "channels_last"

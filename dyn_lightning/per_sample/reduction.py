@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, Pair, is_depthwise, output_length, padding_in_numbers
-from dyn_lightning.per_sample.methods import is_channels_last
+from dyn_lightning.per_sample.layout import is_channels_last
 
 # To cut kernels copies what is left of all K. That pays where at most this part is left: else the outputs of all K, as
 # they are, take less time (of 3x3 kernels with a stride on 2x2 maps up to 128 images). Of depthwise kernels, which are

@@ -53,7 +53,9 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
 @pytest.mark.parametrize(
     ("input", "weight", "geometry", "contiguous", "channels_last"),
     [
-        ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "chunked"),
+        ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "grouped"),
+        ((32, 8, 80, 80), (4, 8, 1, 3, 3), {"padding": 1, "groups": 8}, "grouped", "chunked"),
+        ((1, 960, 14, 14), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "grouped"),
         ((32, 576, 4, 4), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped", "grouped"),
         ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped", "grouped"),
         ((16, 128, 32, 32), (4, 128, 128, 3, 3), PADDED, "grouped", "chunked"),

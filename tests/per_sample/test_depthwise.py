@@ -93,9 +93,31 @@ def test_equals_torchs(
 ) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((1, 3, *size), (3, 1, *kernel))]
-    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    geometry = Geometry(stride, padding, dilation, 3)
-    y, expected = convolve(*tensors, geometry), F.conv2d(*wide, None, *geometry)
+    assert_equals_torchs(tensors, Geometry(stride, padding, dilation, 3))
+
+
+@always
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [21, 75])  # vectors of all widths overlap; four at a time, and some more
+def test_in_channels_last_equals_torchs(
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype, channels: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, *size).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    kernels = torch.randn(3 * channels, 1, *kernel).to(dtype).requires_grad_()
+    y, input_grad = assert_equals_torchs([x, kernels], Geometry(stride, padding, dilation, channels))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert input_grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def assert_equals_torchs(tensors: list[Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Compare C++ with torch's convolution in double precision, give the output and the gradient of the input."""
+    dtype = tensors[0].dtype
+    wide = [tensor.detach().double().contiguous().requires_grad_() for tensor in tensors]
+    y = convolve(*tensors, geometry)
+    single = zip(wide[0].split(1), wide[1].split(len(wide[1]) // len(wide[0])), strict=True)
+    expected = torch.cat([F.conv2d(image, kernels, None, *geometry) for image, kernels in single])
     assert is_compiled(y)
     assert y.dtype == dtype
     assert_close(y.double(), expected, dtype)
@@ -107,6 +129,9 @@ def test_equals_torchs(
             assert ours.dtype == dtype
             largest = theirs.abs().max().clamp(min=1)  # sums over the map have its rounding
             assert_close(ours.double() / largest, theirs / largest, dtype)
+        if some.start == 0:
+            input_grad = found[0]
+    return y, input_grad
 
 
 @pytest.fixture
@@ -288,11 +313,11 @@ def test_multiply_adds() -> None:
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_processors(capability: str, tmp_path: Path) -> None:
-    """Run both tests of shapes with vectors of other widths."""
+    """Run the tests of shapes with vectors of other widths."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equals_torchs"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert f"{2 * 3 * len(SHAPES)} passed" in done.stdout, done.stdout
+    assert f"{4 * 3 * len(SHAPES)} passed" in done.stdout, done.stdout
     assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
 
@@ -330,9 +355,36 @@ def test_rounding_to_bfloat16() -> None:
 
 
 @always
-def test_channels_last_is_left_to_torch() -> None:
-    x = torch.randn(1, 3, 7, 6).to(memory_format=torch.channels_last).requires_grad_()
-    assert not is_compiled(convolve(x, torch.randn(3, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 3)))
+@pytest.mark.parametrize(("samples", "channels"), [(1, 64), (2, 15)])
+def test_in_channels_last_one_image_and_few_channels_are_left_to_torch(samples: int, channels: int) -> None:
+    x = torch.randn(samples, channels, 7, 6).to(memory_format=torch.channels_last).requires_grad_()
+    kernels = torch.randn(samples * channels, 1, 3, 3)
+    assert not is_compiled(convolve(x, kernels, GEOMETRY._replace(groups=channels)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["grouped", "chunked"])
+def test_in_channels_last_equals_the_loop(method: str, training: bool, called: list[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 32, 40, 40, dtype=torch.float64).to(memory_format=torch.channels_last)
+    routing, weight = torch.rand(4, 3, dtype=torch.float64), torch.randn(3, 32, 1, 5, 5, dtype=torch.float64)
+    if training:
+        tensors = tuple(tensor.requires_grad_() for tensor in (x, routing, weight))
+        assert_equals_the_loop(tensors, method, padding=2, groups=32)
+    else:
+        found = dynamic_conv2d(x, routing, weight, padding=2, groups=32, method=method)
+        assert_close(found, loop(x, routing, weight, padding=2, groups=32))
+    assert set(called) == {"forward", "backward"} if training else {"forward"}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_in_channels_last_by_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        test_in_channels_last_equals_torchs((3, 3), (2, 1), (1, 1), (1, 1), (90, 40), torch.float64, 32)
+    finally:
+        torch.set_num_threads(before)
 
 
 @always
@@ -426,13 +478,13 @@ class TestMixedKernels:
 @always
 def test_large_maps_in_channels_last_one_by_one() -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 32, 40, 40, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(2, 8, 80, 80, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
     tensors = (
         x,
         torch.rand(2, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(3, 32, 1, 5, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 8, 1, 5, 5, dtype=torch.float64, requires_grad=True),
     )
-    assert_equals_the_loop(tensors, "chunked", padding=2, groups=32)
+    assert_equals_the_loop(tensors, "chunked", padding=2, groups=8)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +516,7 @@ def test_where_ours_is_faster(
     assert not is_faster(x, kernels, geometry, torch.float16, True)
     assert not is_faster(x, (8192, *kernels[1:]), geometry, torch.float32, True)
     assert not is_faster((2, *x[1:]), kernels, geometry, torch.float32, True)
+    assert is_faster((2, 2048, *x[2:]), kernels, geometry._replace(groups=2048), torch.float32, True) == backward
     assert not is_faster((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), torch.float32, True)
 
 
