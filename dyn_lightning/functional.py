@@ -58,21 +58,22 @@ def dynamic_conv2d(
             and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
             pass again, ``"triton"`` mixes tiles of the kernels where they are used (CUDA). ``"auto"`` chooses one by a
             model of their costs (``choose_method``), ``"benchmark"`` times them once a shape (``"auto"`` while
-            compiling). All give the same value and the same gradients.
+            compiling), so a DDP rank, or a run that goes on, may take another than the others or the first did. All
+            give the same value and the same gradients, up to rounding.
         max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
             unfolded input, for maps in another layout or for the outputs of K kernels, with their gradients. Where a
             method would need more, they take another, at last ``"chunked"``, whose chunks keep to it down to one sample
             and 64 output channels (32 in products; or all, with groups). Not counted: what a convolution takes for a
-            layout of its own (of a library all maps, in our depthwise one three channels' in each thread), and what
-            second derivatives, forward mode, function transforms, ``torch.jit.trace`` and complex numbers take, for
-            which ``"chunked"`` and ``"triton"`` mix all kernels at once.
+            layout of its own (of a library all maps, in our depthwise one three padded channels' in each thread), and
+            what second derivatives, forward mode, function transforms, ``torch.jit.trace`` and complex numbers take,
+            for which ``"chunked"`` and ``"triton"`` mix all kernels at once.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
 
     Raises:
-        ValueError: a shape or type disagrees with another, the kernel is larger than the padded input, or the method
-            does not exist or cannot run on the input's device.
+        ValueError: a shape, type or device disagrees with another, a size but B is 0, the kernel is larger than the
+            padded input, or the method does not exist or cannot run on the input's device.
 
     Example:
         >>> x, routing, weight = torch.randn(2, 4, 7, 6), torch.rand(2, 3), torch.randn(3, 6, 4, 3, 3)
@@ -85,7 +86,15 @@ def dynamic_conv2d(
         input = added_in_place(input, routing)
     if routing.dtype != weight.dtype:
         routing = routing.to(weight.dtype)
-    full, device = input, "cpu" if input.is_cpu else input.device.type  # the latter takes longer
+    if input.is_cpu:  # to ask for the device takes longer
+        device, one = "cpu", routing.is_cpu and weight.is_cpu
+    else:
+        device, one = input.device.type, routing.device == input.device == weight.device
+    if not one:
+        raise ValueError(
+            f"input on {input.device}, routing on {routing.device} and weight on {weight.device} must be on one device"
+        )
+    full = input
     if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
         input, weight, routing = _as_autocast(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
@@ -135,8 +144,9 @@ def choose_method(
 ) -> str:
     """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
 
-    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and for one image
-    without a backward pass on whether there is a compiler for our C++: ranks on equal machines take the same.
+    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and, of one image
+    without a backward pass and in channels_last, on whether there is a compiler for our C++: ranks on equal machines
+    take the same.
 
     Args:
         input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.
@@ -166,7 +176,7 @@ def choose_method(
         input.shape, input.dtype, weight.shape, weight.dtype, stride, padding, dilation, groups, training
     )
     rest = (device, training, max_mixed_bytes, is_freed_memory_kept())
-    return choose(case_of(plan, layout_of(input), input.element_size(), *rest))
+    return choose(case_of(plan, layout_of(input), input.dtype, *rest))
 
 
 def check_method(method: str, max_mixed_bytes: int) -> None:
@@ -216,7 +226,7 @@ def _decide(
         )
     if bias is not None and bias != (kernels, out_channels):
         raise ValueError(f"bias of shape {tuple(bias)} must be (K, C_out) = ({kernels}, {out_channels})")
-    case = case_of(plan, layout, dtype.itemsize, device, training, max_mixed_bytes, keeps_memory)
+    case = case_of(plan, layout, dtype, device, training, max_mixed_bytes, keeps_memory)
     return plan, case, choose(case) if method == "auto" or input[0] == 0 else method
 
 

@@ -81,7 +81,7 @@ def test_lines_are_the_costs_that_made_the_times() -> None:
     results = []
     for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
-        case = Case(*shapes, geometry, 4, "cpu", False, True, True, 2**28, True)
+        case = Case(*shapes, geometry, torch.float32, "cpu", False, True, True, 2**28, True)
         weights, kept = 32 * 9 * channels**2, pixels**2  # padded by one, the map keeps its size
         mixing = 5000 * weights + 300 * kernels * weights + 40 * kept * weights + 2e8
         mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept) + 5e8

@@ -123,11 +123,24 @@ class TestErrors:
             ([(2, 4, 7, 6), (2, 3), (3, 6, 4, 3, 3), (6,)], 1, r"bias of shape \(6,\) must be \(K, C_out\) = \(3, 6\)"),
             ([(4, 7, 6), (2, 3), (3, 6, 4, 3, 3), (3, 6)], 1, r"input of shape \(4, 7, 6\) must be \(B, C_in, H, W\)"),
             ([(2, 4, 7, 6), (2, 3), (6, 4, 3, 3), (3, 6)], 1, r"weight of shape \(6, 4, 3, 3\) must be \(K, C_out"),
+            ([(2, 4, 7, 6), (2, 0), (0, 6, 4, 3, 3)], 1, r"input of .* 7, 6\) and weight of shape \(0, .* only B may be 0"),
+            ([(2, 4, 7, 6), (2, 3), (3, 0, 4, 3, 3)], 1, "only B may be 0"),
+            ([(2, 4, 7, 6), (2, 3), (3, 6, 4, 0, 0)], 1, "only B may be 0"),
+            ([(2, 4, 0, 6), (2, 3), (3, 6, 4, 1, 1)], 1, "only B may be 0"),
         ],
     )
     def test_shapes_must_agree(self, shapes: list[tuple[int, ...]], groups: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             dynamic_conv2d(*map(torch.zeros, shapes), groups=groups)
+
+    @pytest.mark.parametrize(
+        ("changed", "method"), [(0, "grouped"), (1, "grouped"), (2, "auto"), (1, "mixture"), (2, "chunked")]
+    )
+    def test_devices_must_agree(self, changed: int, method: str) -> None:
+        shapes = (1, 96, 8, 8), (1, 4), (4, 96, 1, 3, 3)
+        tensors = [torch.zeros(shape, device="meta" if i == changed else "cpu") for i, shape in enumerate(shapes)]
+        with pytest.raises(ValueError, match=r"input on .*, routing on .* and weight on .* must be on one device"):
+            dynamic_conv2d(*tensors, padding=1, groups=96, method=method)
 
     def test_unknown_method_lists_those_that_exist(self) -> None:
         message = r"method='fast' does not exist, choose one of \['auto', 'benchmark', 'grouped', .*, 'triton'\]"

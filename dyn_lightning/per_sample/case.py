@@ -23,13 +23,17 @@ class Case(NamedTuple):
     input: tuple[int, ...]
     weight: tuple[int, ...]
     geometry: Geometry
-    bytes_each: int
+    dtype: torch.dtype
     device: str
     channels_last: bool
     dense: bool  # whether the input is contiguous or channels_last
     training: bool
     max_mixed_bytes: int
     keeps_memory: bool  # whether memory that is freed stays with the process
+
+    def bytes_of(self, numbers: int) -> int:
+        """Bytes that so many numbers take."""
+        return numbers * self.dtype.itemsize
 
     def allowed(self) -> int:
         """Bytes that may be held in the forward pass: half in training, since the gradients take as much again."""
@@ -50,7 +54,7 @@ class Case(NamedTuple):
 
     def bytes_of_rows(self) -> int:
         """Bytes that chunks of the unfolded input hold beside the chunks: the input, and an output to be laid out."""
-        return (self.held_unfolded() + (self.outputs() if self.channels_last else 0)) * self.bytes_each
+        return self.bytes_of(self.held_unfolded() + (self.outputs() if self.channels_last else 0))
 
     def has_room_for_rows(self) -> bool:
         """Whether chunks are taken of the unfolded input: with as much room again for the chunks."""
@@ -110,7 +114,7 @@ class Case(NamedTuple):
 def case_of(
     plan: Plan,
     layout: str,
-    bytes_each: int,
+    dtype: torch.dtype,
     device: str,
     training: bool = True,
     max_mixed_bytes: int = MAX_MIXED_BYTES,
@@ -123,7 +127,7 @@ def case_of(
     if in_traced_export():
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
-    rest = (bytes_each, device, last, dense, training, max_mixed_bytes, device == "cpu" and keeps_memory)
+    rest = (dtype, device, last, dense, training, max_mixed_bytes, device == "cpu" and keeps_memory)
     return Case(images, kernels, plan.geometry, *rest)
 
 

@@ -7,9 +7,8 @@ import torch
 
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.depthwise import FEW_PLANES
+from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
-from dyn_lightning.per_sample.native import is_compiled
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
 # Where freed memory is not kept, a larger tensor than this is fetched from the system, page by page, each time. From
@@ -114,17 +113,18 @@ def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
     if case.keeps_memory:
         return False  # chunks save fetching memory from the system, and mix a second time
-    mixed = case.mixed_weights() * case.bytes_each
+    mixed = case.bytes_of(case.mixed_weights())
     if case.is_product():
         return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
-    maps = (math.prod(case.input) * case.bytes_each, case.outputs() * case.bytes_each)
+    maps = (case.bytes_of(math.prod(case.input)), case.bytes_of(case.outputs()))
     return max(mixed, sum(maps) if case.training else max(maps)) >= FETCHED_BYTES
 
 
 def multiplies_one(case: Case) -> bool:
     """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
     if case.device == "cpu" and not (case.training or torch.compiler.is_compiling()):
-        ours = case.dense and case.weight[1] == case.input[1] <= min(FEW_PLANES.values()) and is_compiled()
+        shapes = case.input, (case.weight[1], *case.weight[2:])
+        ours = case.dense and is_faster(*shapes, case.geometry, case.dtype, training=False, within=True)
         if case.channels_last or ours:
             return False
     return case.patches() <= FEW_PATCHES
@@ -132,12 +132,12 @@ def multiplies_one(case: Case) -> bool:
 
 def mixes_in_parts(case: Case) -> bool:
     """Tell whether one image's kernel is mixed part by part; an exported network does without an operation of ours."""
-    large = case.geometry.groups == 1 and case.mixed_weights() * case.bytes_each >= LARGE_KERNEL_BYTES
+    large = case.geometry.groups == 1 and case.bytes_of(case.mixed_weights()) >= LARGE_KERNEL_BYTES
     fetched = case.device == "cpu" and not case.keeps_memory
     return large and fetched and not case.training and not in_traced_export()
 
 
 def methods_within(case: Case) -> list[str]:
     """Name the methods that hold no more than is allowed; chunks can always be small enough."""
-    found = [name for name, numbers in case.held().items() if numbers * case.bytes_each <= case.allowed()]
+    found = [name for name, numbers in case.held().items() if case.bytes_of(numbers) <= case.allowed()]
     return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]

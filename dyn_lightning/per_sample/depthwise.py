@@ -24,16 +24,17 @@ MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
 MANY_POSITIONS = {torch.float32: 36, torch.bfloat16: 256, torch.float64: 1}
 MANY_STRIDED_POSITIONS = {**MANY_POSITIONS, torch.float32: 80}  # the same with a stride
-# Steps of the stride, for each position of the output, up to which it is worth while to take maps apart by them.
-MOST_STEPS = 64
+# Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
+# to lay it out, in time and memory.
+MOST_LAID_OUT = 64
 # The time grows as the numbers of the unfolded input and this many for each channel do. Below the least in all, the
 # call costs more than it saves.
 NUMBERS_A_CHANNEL, LEAST_NUMBERS = 500, 1 << 20
 LEAST_ASKED = 1 << 17  # numbers of the input, from which on it is asked in any case whether ours is faster
 # Planes, of one image or of few channels, up to which maps of any size are faster where no operation of torch's has to
-# be called.
+# be called (measured with maps of up to 20 pixels a side). The most of all types, since the type is asked for later.
 FEW_PLANES = {torch.float32: 4096, torch.bfloat16: 1200, torch.float64: 4096}
-MANY_PLANES = max(FEW_PLANES.values())
+MOST_PLANES = max(FEW_PLANES.values())
 LEAST_CHANNELS = 16  # in channels_last: of the widest vector
 
 
@@ -48,21 +49,22 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         ``(B, C_out, H', W')``.
     """
-    planes, depth, *_ = kernels.shape
-    compiling = torch.compiler.is_compiling()
-    if compiling and in_export():  # others run it without us
+    planes, depth, _, columns = kernels.shape
+    if torch.compiler.is_compiling():
+        # Others run exports without us. Inductor would bring maps on a CPU, and kernels, into channels_last, in which a
+        # convolution of many groups is slower.
+        outside = in_export() or not input.is_cpu
+        return (_as_groups if outside else _convolve)(input, kernels, geometry)
+    if depth > 1:
         return _as_groups(input, kernels, geometry)
-    if depth > 1:  # to the compiler's eyes a convolution is faster in channels_last, which one of many groups is not
-        return (_convolve if compiling and input.is_cpu else _as_groups)(input, kernels, geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    # Of small maps a few pay without a backward pass alone, many with one; to ask on would be seen in the others' time.
-    unlikely = planes <= MANY_PLANES if trained else planes > MANY_PLANES
+    # Of small maps few pay without a backward pass alone, many with one; to ask on would be seen in the others' time.
+    unlikely = planes <= MOST_PLANES and columns <= MOST_COLUMNS if trained else planes > MOST_PLANES
     if (unlikely and input.numel() < LEAST_ASKED) or not input.is_cpu or input.dtype not in MANY_POSITIONS:
         return _as_groups(input, kernels, geometry)
-    few = not (trained or compiling) and planes <= FEW_PLANES[input.dtype]
-    if not _is_ours(input, kernels, geometry, trained, few):
+    if not _is_ours(input, kernels, geometry, trained, within=True):
         return _as_groups(input, kernels, geometry)
-    as_operation = trained or compiling or is_watched(input, kernels)
+    as_operation = trained or is_watched(input, kernels)
     return (_convolve if as_operation else _computed)(input, kernels, geometry)
 
 
@@ -82,9 +84,9 @@ def gradients(
         What is wanted, in the shapes of input and kernels.
     """
     ours = _is_ours(input, kernels, geometry, training=True)
-    if not ours and input.is_cpu and kernels.shape[1] == 1 and kernels.shape[3] > MOST_COLUMNS:
-        input = input.contiguous()  # a copy costs less than torch's slow gradient
-        ours = _is_ours(input, kernels, geometry, training=True)
+    # A copy costs less than torch's slow gradient.
+    if not ours and kernels.shape[3] > MOST_COLUMNS and _is_ours(input, kernels, geometry, True, layout="contiguous"):
+        input, ours = input.contiguous(), True
     if ours:
         kernels, grad = kernels.contiguous(), grad.contiguous(memory_format=format_of(input))
         found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
@@ -92,7 +94,7 @@ def gradients(
         return found[0], found[1]
     together, (stride, padding, dilation, groups) = _together(input, geometry)
     settings = (None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))
-    if len(input) > 1:
+    if together is not input:
         grad = grad.reshape(1, -1, *grad.shape[2:])
     input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, together, kernels, *settings)
     return None if input_grad is None else input_grad.view(input.shape), kernels_grad
@@ -107,19 +109,31 @@ def is_faster(
     within: bool = False,
     layout: str = "contiguous",
 ) -> bool:
-    """Tell whether ours is faster than torch's on a CPU, from the shapes that ``convolve`` takes.
+    """Tell whether ours is faster than torch's on a CPU.
 
-    Within an operation, or without one, its call does not count.
+    Args:
+        input: shape, as in ``convolve``.
+        kernels: shape, as in ``convolve``.
+        geometry: of a sample's convolution.
+        dtype: of both.
+        training: whether there is a backward pass too.
+        within: whether no operation of torch's has to be called for it: its call does not count then.
+        layout: of the input, "contiguous" or "channels_last".
     """
     planes, depth, height, width = kernels
     samples, channels = input[:2]
     if planes != samples * channels or channels != geometry.groups or depth > 1 or dtype not in MANY_POSITIONS:
         return False
-    rows, columns = positions(input, kernels, geometry)
-    if math.prod(geometry.stride) > MOST_STEPS * rows * columns:
-        return False
     if layout == "channels_last":
         return serves_channels_last(samples, channels)
+    rows, columns = positions(input, kernels, geometry)
+    down, right = geometry.stride
+    reach_down, reach_right = (
+        distance * (length - 1) for distance, length in zip(geometry.dilation, kernels[2:], strict=True)
+    )
+    laid_out = down * right * (rows + reach_down // down) * (columns + reach_right // right)
+    if laid_out > MOST_LAID_OUT * rows * columns:
+        return False
     if within and not training and planes <= FEW_PLANES[dtype]:
         return is_compiled()
     if planes * (rows * columns * height * width + NUMBERS_A_CHANNEL) < LEAST_NUMBERS:
@@ -140,12 +154,14 @@ def serves_channels_last(samples: int, channels: int) -> bool:
     return samples > 1 and channels >= LEAST_CHANNELS and is_compiled()
 
 
-def _is_ours(input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, within: bool = False) -> bool:
+def _is_ours(
+    input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, within: bool = False, layout: str = ""
+) -> bool:
+    """Tell whether ours is to compute these, as they lie in memory or if they lay otherwise."""
     if not (input.is_cpu and kernels.is_cpu) or kernels.dtype != input.dtype:
         return False
-    layout = layout_of(input)
-    find = is_faster if torch.compiler.is_compiling() else _found
-    return layout != "strided" and find(input.shape, kernels.shape, geometry, input.dtype, training, within, layout)
+    layout = layout or layout_of(input)
+    return layout != "strided" and _found(input.shape, kernels.shape, geometry, input.dtype, training, within, layout)
 
 
 _found = remembered(is_faster)  # on small maps each call in Python would be seen
@@ -173,7 +189,10 @@ def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels:
     last = not input.is_contiguous()
     function = _function(f"{name}_last" if last else name, input.dtype)
     sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last)
-    function(sizes, *[None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)])
+    places = [None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)]
+    if 0 in places:
+        raise RuntimeError(f"input of shape {tuple(input.shape)}, its kernels or its output have no memory (anymore)")
+    function(sizes, *places)
 
 
 @remembered

@@ -54,7 +54,7 @@ def plan_of(
     """Find what is to be left out of a convolution.
 
     Raises:
-        ValueError: weight and input do not fit each other, or the kernel is larger than the padded input.
+        ValueError: weight and input do not fit each other, a size is 0, or the kernel is larger than the padded input.
     """
     if len(weight) != 5:
         raise ValueError(f"weight of shape {tuple(weight)} must be (K, C_out, C_in / groups, kH, kW)")
@@ -64,6 +64,8 @@ def plan_of(
             f"input of {input[1]} channels and groups={groups} must agree with weight of shape {tuple(weight)}: "
             f"C_in = {group_channels} * groups, and groups must divide C_out = {out_channels}"
         )
+    if 0 in weight or 0 in input[1:]:
+        raise ValueError(f"input of shape {tuple(input)} and weight of shape {tuple(weight)}: only B may be 0")
     zeros, sides = padding_in_numbers(input, padding, (weight[3], weight[4]), steps, distances)
     size, lengths = [input[2] + zeros[3], input[3] + zeros[1]] if zeros else input[2:], list(weight[3:])
     padded, unseen = list(sides), [0, 0, 0, 0]

@@ -45,12 +45,27 @@ def is_transformed() -> bool:
 def is_watched(*tensors: Tensor) -> bool:
     """Tell whether something has to see each operation of these tensors, and would miss what is called beside torch: a
     mode (fake tensors, counters of operations), a profiler, a function transform, or a tensor that is not its memory
-    alone.
+    alone: of a subclass, or to be negated, mapped or made a function of by torch.
     """
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     if modes > 0 or torch.autograd._profiler_enabled() or is_transformed():
         return True
-    return any(type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
+    return any(type(tensor) is not Tensor or _dispatched_by(tensor) not in PLAIN for tensor in tensors)
+
+
+def _dispatched_by(tensor: Tensor) -> int:
+    return int(torch._C._dispatch_keys(tensor).raw_repr())
+
+
+def _plain() -> set[int]:
+    """Give what tensors are dispatched by that are their memory on a CPU alone."""
+    with torch.inference_mode():
+        of_inference = torch.empty(0)
+    with torch.inference_mode(False):
+        return {_dispatched_by(torch.empty(0)), _dispatched_by(of_inference)}
+
+
+PLAIN = _plain()
 
 
 def in_function_transform() -> bool:

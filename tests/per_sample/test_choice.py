@@ -8,9 +8,8 @@ from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import by_name, choice
+from dyn_lightning.per_sample import by_name, depthwise
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
-from dyn_lightning.per_sample.depthwise import FEW_PLANES
 from dyn_lightning.per_sample.geometry import Geometry
 from tests.tolerances import assert_close
 
@@ -125,18 +124,22 @@ def test_evaluation_may_choose_otherwise() -> None:
         ({"device": "meta"}, "matmul"),  # as on a GPU
         ({"device": "meta", "layout": torch.channels_last}, "matmul"),
         ({"outputs": 2}, "matmul"),
-        ({"channels": min(FEW_PLANES.values()) + 1, "size": 1, "kernel": 1}, "matmul"),
+        ({"channels": 1500, "size": 2}, "grouped"),
+        ({"channels": 1500, "size": 2, "dtype": torch.bfloat16}, "matmul"),
+        ({"dtype": torch.float16}, "matmul"),
+        ({"dtype": torch.complex64}, "matmul"),
     ],
 )
 def test_small_depthwise_convolutions_of_one_image(
     changes: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_all = {"compiled": True, "layout": torch.contiguous_format, "training": False, "device": "cpu", "outputs": 1}
-    given = {**with_all, "channels": 96, "size": 8, "kernel": 3, **changes}
-    monkeypatch.setattr(choice, "is_compiled", lambda: given["compiled"])
-    x = torch.empty(1, given["channels"], given["size"], given["size"], device=given["device"])
-    weight = torch.empty(4, given["channels"] * given["outputs"], 1, *2 * [given["kernel"]], device=given["device"])
-    options = {"padding": given["kernel"] // 2, "groups": given["channels"], "training": given["training"]}
+    given = {**with_all, "channels": 96, "size": 8, "dtype": torch.float32, **changes}
+    monkeypatch.setattr(depthwise, "is_compiled", lambda: given["compiled"])
+    kind = {"device": given["device"], "dtype": given["dtype"]}
+    x = torch.empty(1, given["channels"], given["size"], given["size"], **kind)
+    weight = torch.empty(4, given["channels"] * given["outputs"], 1, 3, 3, **kind)
+    options = {"padding": 1, "groups": given["channels"], "training": given["training"]}
     assert choose_method(x.to(memory_format=given["layout"]), weight, **options) == method
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
@@ -178,19 +180,23 @@ class TestOneImageWithoutABackwardPass:
                 assert_close(dynamic_conv2d(x, routing, weight, bias, **SMALL), y.detach())
         assert called == ["forward"] * 2
 
-    def test_many_planes_are_left_to_torch(self, called: list[str]) -> None:
-        planes = depthwise.FEW_PLANES[torch.float32] + 1
-        convolve(torch.randn(1, planes, 5, 5), torch.randn(planes, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), planes))
-        assert not called
-
     @pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
     def test_other_types_are_left_to_torch(self, dtype: torch.dtype, called: list[str]) -> None:
         convolve(torch.randn(1, 3, 5, 5).to(dtype), torch.ones(3, 1, 3, 3, dtype=dtype), GEOMETRY)
         assert not called
 
-    def test_strides_that_leave_few_pixels_are_left_to_torch(self, called: list[str]) -> None:
-        convolve(torch.randn(1, 3, 3, 3), torch.randn(3, 1, 3, 3), GEOMETRY._replace(stride=(1000, 1000)))
+    @pytest.mark.parametrize("change", [{"stride": (1000, 1000)}, {"padding": (50, 50), "dilation": (50, 50)}])
+    def test_maps_that_would_be_laid_out_much_larger_are_left_to_torch(
+        self, change: dict[str, Pair], called: list[str]
+    ) -> None:
+        convolve(torch.randn(1, 3, 3, 3), torch.randn(3, 1, 3, 3), GEOMETRY._replace(**change))
         assert not called
+
+    def test_a_map_whose_memory_was_freed(self) -> None:
+        x = torch.randn(1, 3, 5, 5)
+        x.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"input of shape \(1, 3, 5, 5\).* have no memory"):
+            convolve(x, torch.randn(3, 1, 3, 3), GEOMETRY)
 
     def test_counters_profilers_and_modes_see_an_operation(self, called: list[str]) -> None:
         seen: list[Any] = []
@@ -200,7 +206,7 @@ class TestOneImageWithoutABackwardPass:
                 seen.append(function)
                 return function(*given, **(named or {}))
 
-        for size in (5, 200):  # of a small map the C++ is asked for one image alone
+        for size in (5, 200):
             x, kernels = torch.randn(1, 3, size, size), torch.randn(3, 1, 3, 3)
             with FlopCounterMode(display=False) as counter:
                 convolve(x, kernels, GEOMETRY)
@@ -225,13 +231,22 @@ class TestOneImageWithoutABackwardPass:
             lambda x: TwoTensor(x, x.clone()),
             torch._neg_view,
             lambda x: torch._efficientzerotensor(x.shape),
+            torch._lazy_clone,
+            Parameter,
             lambda x: x.mT.contiguous().mT,
             lambda x: x[:, :1].expand(x.shape),
         ],
     )
     def test_tensors_that_are_not_their_memory_alone(self, change: Callable[[Tensor], Tensor]) -> None:
-        x, kernels = change(torch.randn(1, 3, 5, 5)), torch.randn(3, 1, 3, 3)
-        assert_close(convolve(x, kernels, GEOMETRY), F.conv2d(x, kernels, None, *GEOMETRY))
+        x, kernels = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
+        for tensors in ((change(x), kernels), (x, change(kernels))):
+            assert_close(convolve(*tensors, GEOMETRY), F.conv2d(*tensors, None, *GEOMETRY))
+
+    def test_tensors_that_torch_makes_functions_of(self) -> None:
+        x, kernels = torch.randn(1, 3, 5, 5), torch.randn(3, 1, 3, 3)
+        expected = F.conv2d(x, kernels, None, *GEOMETRY)
+        found = convolve(torch._to_functional_tensor(x), torch._to_functional_tensor(kernels), GEOMETRY)
+        assert_close(torch._from_functional_tensor(found), expected)
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated")
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -485,6 +500,49 @@ def test_large_maps_in_channels_last_one_by_one() -> None:
         torch.randn(3, 8, 1, 5, 5, dtype=torch.float64, requires_grad=True),
     )
     assert_equals_the_loop(tensors, "chunked", padding=2, groups=8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "planes", "size", "kernel", "training", "ours"),
+    [
+        # Without a backward pass few planes are, of any map, and many of large ones.
+        (torch.float32, 4096, 2, 3, False, True),
+        (torch.float32, 4097, 5, 3, False, False),
+        (torch.float64, 4096, 2, 3, False, True),
+        (torch.bfloat16, 1200, 2, 3, False, True),
+        (torch.bfloat16, 1201, 2, 3, False, False),
+        (torch.float32, 8192, 6, 3, False, True),
+        (torch.float32, 8192, 5, 3, False, False),
+        (torch.bfloat16, 1024, 16, 3, False, True),
+        (torch.bfloat16, 4096, 15, 3, False, False),
+        # With one, a small map of few planes is not asked about, but where torch's gradient is slow.
+        (torch.float32, 2000, 8, 3, True, False),
+        (torch.float32, 2048, 8, 3, True, True),
+        (torch.float32, 3840, 4, 5, True, True),
+        (torch.float32, 1024, 11, 7, True, True),
+    ],
+)
+def test_what_is_ours(
+    dtype: torch.dtype, planes: int, size: int, kernel: int, training: bool, ours: bool, called: list[str]
+) -> None:
+    x = torch.randn(1, planes, size, size).to(dtype).requires_grad_(training)
+    kernels = torch.randn(planes, 1, kernel, kernel).to(dtype)
+    y = convolve(x, kernels, Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), planes))
+    if training:
+        assert is_compiled(y) == ours
+    else:
+        assert called == ["forward"] * ours
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_for_another_device_any_number_of_planes_has_one_graph(training: bool) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(convolve, fullgraph=True, backend=counter, dynamic=True)
+    for planes in (300, 600, 5000, 9000):
+        x = torch.empty(1, planes, 8, 8, device="meta", requires_grad=training)
+        compiled(x, torch.empty(planes, 1, 3, 3, device="meta"), Geometry((1, 1), (1, 1), (1, 1), planes))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,36 @@ class TestBenchmark:
             assert_equals_the_loop(draw(), "benchmark")
         assert list(fastest.MEASURED.values()) == ["matmul"]
 
+    def test_a_method_that_takes_more_memory_than_a_gpu_has_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def measure(method: str, tensors: list[Tensor], case: Case) -> float:
+            if method != "chunked":
+                raise torch.OutOfMemoryError(method)
+            return 1.0
+
+        monkeypatch.setattr(fastest, "_milliseconds", measure)
+        assert_equals_the_loop(draw(), "benchmark", padding=1)
+        assert list(fastest.MEASURED.values()) == ["chunked"]
+
+    def test_each_shape_and_number_of_threads_is_timed(self) -> None:
+        tensors, before = draw(), torch.get_num_threads()
+        dynamic_conv2d(*tensors, padding=1, method="benchmark")
+        dynamic_conv2d(*tensors, method="benchmark")
+        torch.set_num_threads(before + 1)
+        try:
+            dynamic_conv2d(*tensors, method="benchmark")
+        finally:
+            torch.set_num_threads(before)
+        dynamic_conv2d(*tensors, method="benchmark")
+        assert len(fastest.MEASURED) == 3
+
+    def test_compiled_it_is_auto(self) -> None:
+        torch.compiler.reset()
+        tensors = draw()
+        compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="aot_eager")
+        found = compiled(*tensors, padding=1, method="benchmark")
+        assert_close(found, dynamic_conv2d(*tensors, padding=1))
+        assert not fastest.MEASURED
+
     def test_leaves_no_gradient(self) -> None:
         tensors = draw()
         dynamic_conv2d(*tensors, method="benchmark")

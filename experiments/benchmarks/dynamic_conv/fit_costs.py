@@ -15,6 +15,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import minimize, nnls
 from scipy.special import expit
 
@@ -55,7 +56,7 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
         if tuple(result.get("kernel", before)) != plan.weight[3:]:
             continue  # it was computed otherwise than today
         kept = measured.get("keeps_freed_memory", False)  # older files have it not
-        found.append((case_of(plan, layout, 4, "cpu", training, keeps_memory=kept), result))
+        found.append((case_of(plan, layout, torch.float32, "cpu", training, keeps_memory=kept), result))
     return found
 
 
