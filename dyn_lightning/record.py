@@ -198,7 +198,8 @@ def device_name(device: torch.device) -> str:
     """Name the accelerator, or the processor and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    processor = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    kind = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+    processor = f"{kind}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return processor if device.type == "cpu" else f"{device.type} of {processor}"
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
-from dyn_lightning.per_sample.methods import are_convolved_singly, mixes_rows, multiplies
+from dyn_lightning.per_sample.methods import mixes_rows, multiplies
 from dyn_lightning.per_sample.reduction import Plan
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
@@ -61,10 +61,6 @@ class Case(NamedTuple):
         if in_strict_export() or self.input[0] == 1:  # a comparison would close what is left open of the batch
             return False
         return self.unfolds() and 2 * self.bytes_of_rows() <= self.allowed()
-
-    def convolves_one_by_one(self) -> bool:
-        """Whether chunks on a CPU convolve sample by sample, to keep the layout."""
-        return self.channels_last and are_convolved_singly(self.input, self.weight, self.geometry)
 
     def positions(self) -> int:
         """Positions of the output."""

@@ -103,7 +103,7 @@ def mixed_first(case: Case) -> str:
         if case.is_product() or (case.is_depthwise() and multiplies_one(case)):
             return "matmul"
         return "chunked" if mixes_in_parts(case) else "grouped"
-    if case.device == "cpu" and (case.convolves_one_by_one() or chunks_are_faster(case)):
+    if case.device == "cpu" and chunks_are_faster(case):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones
     return "matmul" if case.is_product() or one_weight or case.unfolds() else "grouped"

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.depthwise import convolve, gradients
+from dyn_lightning.per_sample.convolution import convolve, gradients
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_map, is_channels_last
 from dyn_lightning.per_sample.methods import (
-    are_convolved_singly,
     empty_output,
     mixing_operation,
     multiplies,
@@ -72,7 +70,7 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
-    convolve, _ = _passes(input, weight, geometry)
+    convolve, _ = _passes(weight, geometry)
     flat = weight.flatten(1)
     output = empty_output(input, weight, geometry)
     for some, these, columns in _chunks(input, weight, *chunk_size(input, weight, geometry, limit)):
@@ -91,7 +89,7 @@ def _backward(
     limit: int,
     needed: list[bool],
 ) -> list[Tensor]:
-    _, differentiate = _passes(input, weight, geometry)
+    _, differentiate = _passes(weight, geometry)
     flat = weight.flatten(1)
     wide = torch.promote_types(weight.dtype, torch.float32)  # sums over many samples; 16 bits would lose the last
     input_grad = empty_map(input, input.shape) if needed[0] else input
@@ -121,7 +119,7 @@ class _Chunk(NamedTuple):
     input_grad: Tensor
 
 
-def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable[..., None], Callable[..., Any]]:
+def _passes(weight: Tensor, geometry: Geometry) -> tuple[Callable[..., None], Callable[..., Any]]:
     """Give what computes a chunk, forward into a part of the output, and backward.
 
     The latter takes which gradients are needed, of the input and of the mixed kernels, and whether the input's is to be
@@ -129,9 +127,6 @@ def _passes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Callable
     """
     if multiplies(weight.shape, geometry):
         return _multiply_each, _multiply_each_backward
-    on_cpu = input.device.type == "cpu"  # a GPU copies faster than it begins convolutions
-    if on_cpu and is_channels_last(input) and are_convolved_singly(input.shape, weight.shape, geometry):
-        return _convolve_one_by_one, _convolve_one_by_one_backward
     return _convolve_each, _convolve_each_backward
 
 
@@ -152,11 +147,6 @@ def _multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: T
 
 def _convolve_each(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
     output.copy_(convolve(input, kernels.flatten(0, 1), geometry))
-
-
-def _convolve_one_by_one(input: Tensor, kernels: Tensor, geometry: Geometry, output: Tensor) -> None:
-    for image, kernel, place in zip(input.split(1), kernels, output.split(1), strict=True):
-        place.copy_(F.conv2d(image, kernel, None, *geometry))
 
 
 def _multiply_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool) -> Tensor | None:
@@ -186,14 +176,6 @@ def _convolve_each_backward(chunk: _Chunk, geometry: Geometry, mask: tuple[bool,
     elif part is not None:
         total.copy_(part)
     return kernels_grad.view(kernels.shape) if kernels_grad is not None else None
-
-
-def _convolve_one_by_one_backward(
-    chunk: _Chunk, geometry: Geometry, mask: tuple[bool, bool], add: bool
-) -> Tensor | None:
-    singly = map(_Chunk, *(tensor.split(1) for tensor in chunk))
-    grads: Any = [_convolve_each_backward(one, geometry, mask, add) for one in singly]
-    return torch.cat(grads) if mask[1] else None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -6,19 +6,16 @@ bfloat16 only without a stride; elsewhere it unfolds each channel, which takes s
 """
 
 import ctypes
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_map, format_of, layout_of
 from dyn_lightning.per_sample.native import is_compiled, library
-from dyn_lightning.per_sample.operation import operation
-from dyn_lightning.per_sample.tracing import in_export, is_watched, remembered
+from dyn_lightning.per_sample.tracing import remembered
 
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
@@ -38,66 +35,14 @@ MOST_PLANES = max(FEW_PLANES.values())
 LEAST_CHANNELS = 16  # in channels_last: of the widest vector
 
 
-def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve each sample with kernels of its own, depthwise in our own way where that is faster.
-
-    Args:
-        input: ``(B, C_in, H, W)``.
-        kernels: ``(B C_out, C_in / groups, kH, kW)``, those of sample b from b C_out on.
-        geometry: of a sample's convolution.
-
-    Returns:
-        ``(B, C_out, H', W')``.
-    """
+def pays(input: Tensor, kernels: Tensor, geometry: Geometry, trained: bool) -> bool:
+    """Tell whether ours is to compute ``convolution.convolve``, asking as little as can be where it is not."""
     planes, depth, _, columns = kernels.shape
-    if torch.compiler.is_compiling():
-        # Others run exports without us. Inductor would bring maps on a CPU, and kernels, into channels_last, in which a
-        # convolution of many groups is slower.
-        outside = in_export() or not input.is_cpu
-        return (_as_groups if outside else _convolve)(input, kernels, geometry)
-    if depth > 1:
-        return _as_groups(input, kernels, geometry)
-    trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    # Of small maps few pay without a backward pass alone, many with one; to ask on would be seen in the others' time.
+    # Of small maps few pay without a backward pass, many with one; to ask on would be seen in the others' time.
     unlikely = planes <= MOST_PLANES and columns <= MOST_COLUMNS if trained else planes > MOST_PLANES
-    if (unlikely and input.numel() < LEAST_ASKED) or not input.is_cpu or input.dtype not in MANY_POSITIONS:
-        return _as_groups(input, kernels, geometry)
-    if not _is_ours(input, kernels, geometry, trained, within=True):
-        return _as_groups(input, kernels, geometry)
-    as_operation = trained or is_watched(input, kernels)
-    return (_convolve if as_operation else _computed)(input, kernels, geometry)
-
-
-def gradients(
-    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Compute the gradients of ``convolve``, in our own way where that is faster.
-
-    Args:
-        grad: ``(B, C_out, H', W')``, of the output.
-        input: as in ``convolve``.
-        kernels: as in ``convolve``.
-        geometry: of a sample's convolution.
-        wanted: whether the gradient of the input is wanted, and that of the kernels.
-
-    Returns:
-        What is wanted, in the shapes of input and kernels.
-    """
-    ours = _is_ours(input, kernels, geometry, training=True)
-    # A copy costs less than torch's slow gradient.
-    if not ours and kernels.shape[3] > MOST_COLUMNS and _is_ours(input, kernels, geometry, True, layout="contiguous"):
-        input, ours = input.contiguous(), True
-    if ours:
-        kernels, grad = kernels.contiguous(), grad.contiguous(memory_format=format_of(input))
-        found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
-        _call("backward", geometry, grad, input, kernels, *found)
-        return found[0], found[1]
-    together, (stride, padding, dilation, groups) = _together(input, geometry)
-    settings = (None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))
-    if together is not input:
-        grad = grad.reshape(1, -1, *grad.shape[2:])
-    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, together, kernels, *settings)
-    return None if input_grad is None else input_grad.view(input.shape), kernels_grad
+    if depth > 1 or (unlikely and input.numel() < LEAST_ASKED):
+        return False
+    return is_ours(input, kernels, geometry, trained, within=True)
 
 
 def is_faster(
@@ -112,8 +57,8 @@ def is_faster(
     """Tell whether ours is faster than torch's on a CPU.
 
     Args:
-        input: shape, as in ``convolve``.
-        kernels: shape, as in ``convolve``.
+        input: shape, as in ``convolution.convolve``.
+        kernels: shape, as there.
         geometry: of a sample's convolution.
         dtype: of both.
         training: whether there is a backward pass too.
@@ -154,7 +99,7 @@ def serves_channels_last(samples: int, channels: int) -> bool:
     return samples > 1 and channels >= LEAST_CHANNELS and is_compiled()
 
 
-def _is_ours(
+def is_ours(
     input: Tensor, kernels: Tensor, geometry: Geometry, training: bool, within: bool = False, layout: str = ""
 ) -> bool:
     """Tell whether ours is to compute these, as they lie in memory or if they lay otherwise."""
@@ -167,21 +112,27 @@ def _is_ours(
 _found = remembered(is_faster)  # on small maps each call in Python would be seen
 
 
-def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    if _is_ours(input, kernels, geometry, training=False, within=True):  # or it was taken for its gradient alone
-        return _computed(input, kernels, geometry)
-    return _as_groups(input, kernels, geometry).contiguous(memory_format=format_of(input))  # as the compiler was told
-
-
-def _computed(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    output = _empty(input, kernels, geometry)
+def forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Compute what ``is_ours``."""
+    output = empty_output(input, kernels, geometry)
     _call("forward", geometry, output, input, kernels.contiguous())
     return output
 
 
-def _backward(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, needed: list[bool]) -> list[Tensor]:
-    found = gradients(grad, input, kernels, geometry, (needed[0], needed[1]))
-    return [gradient for gradient in found if gradient is not None]
+def backward(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients of what ``is_ours``, as ``convolution.gradients`` says."""
+    kernels, grad = kernels.contiguous(), grad.contiguous(memory_format=format_of(input))
+    found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
+    _call("backward", geometry, grad, input, kernels, *found)
+    return found[0], found[1]
+
+
+def empty_output(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Give memory for the output of ``convolution.convolve``."""
+    samples = input.shape[0]
+    return empty_map(input, (samples, kernels.shape[0] // samples, *positions(input.shape, kernels.shape, geometry)))
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
@@ -211,32 +162,3 @@ def _sizes(
     used = min(threads, samples if last else samples * channels)  # each takes a few planes' memory
     sizes = (*input, *output, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation, used)
     return (ctypes.c_int64 * len(sizes))(*sizes)
-
-
-def _as_groups(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve by one convolution of torch's, whose groups are the samples."""
-    together, geometry = _together(input, geometry)
-    output = F.conv2d(together, kernels, None, *geometry)
-    return output if together is input else output.view(input.shape[0], -1, *output.shape[2:])
-
-
-def _together(input: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    batch, _, *size = input.shape
-    # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
-    # would close what is left open of the batch; a tracer's sizes are tensors.
-    if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
-        return input, geometry
-    stride, padding, dilation, groups = geometry
-    return input.reshape(1, -1, *size), Geometry(stride, padding, dilation, batch * groups)
-
-
-def _empty(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    samples = input.shape[0]
-    return empty_map(input, (samples, kernels.shape[0] // samples, *positions(input.shape, kernels.shape, geometry)))
-
-
-def _multiply_adds(input: torch.Size, kernels: torch.Size, geometry: Geometry) -> tuple[int, int]:
-    return 0, kernels.numel() * math.prod(positions(input, kernels, geometry))
-
-
-_convolve = operation("depthwise", ("input", "kernels"), _forward, _backward, _as_groups, _empty, _multiply_adds)

@@ -13,18 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyn_lightning.per_sample.depthwise import convolve, serves_channels_last
-from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
+from dyn_lightning.per_sample.convolution import convolve, is_convolved_singly
+from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_map, is_channels_last
 from dyn_lightning.per_sample.operation import operation
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
 # convolution pays for laying out kernels that are used so few times.
 FEW_POSITIONS = 4
-# Numbers of a sample's input and output above which, in channels_last, each sample has a convolution of its own: the
-# samples as groups cannot keep that layout, since their channels would have to lie one after the other, and as groups
-# depthwise convolutions are slow besides. Measured: faster from 401,408 on, depthwise from 94,080.
-LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 250_000, 1 << 16
 
 
 def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
@@ -44,6 +40,10 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and put the batch into the groups of one convolution: the usual form."""
+    other = not (input.is_contiguous() or torch.compiler.is_compiling())
+    if other and is_convolved_singly(input, weight.shape[1:], geometry):  # mixed as they are wanted
+        kernels = mix_kernels(routing, weight.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
+        return convolve(input, kernels.flatten(0, 1), geometry)
     kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[2:])  # a view less than `mix_kernels`' two
     return convolve(input, kernels, geometry)
 
@@ -89,19 +89,6 @@ def multiplies(weight: tuple[int, ...], geometry: Geometry) -> bool:
 def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> bool:
     """Tell whether the mixture multiplies rows of (unfolded) pixels with the K kernels."""
     return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
-
-
-def are_convolved_singly(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> bool:
-    """Tell whether a convolution for each sample pays on a CPU in channels_last: for maps also larger than the kernels,
-    where ours does not serve.
-    """
-    least = LARGE_MAPS
-    if is_depthwise(weight, geometry.groups):
-        if weight[1] == input[1] and serves_channels_last(*input[:2]):
-            return False
-        least = LARGE_DEPTHWISE_MAPS
-    maps = math.prod(input[1:]) + weight[1] * math.prod(positions(input, weight, geometry))
-    return not multiplies(weight, geometry) and maps > max(least, math.prod(weight[1:]))
 
 
 def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tensor:

@@ -37,11 +37,11 @@ def _forward_kernel(
     stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, kernel_rows, kernel_columns,
     k_count: tl.constexpr, tile: tl.constexpr, tile_p: tl.constexpr, wide: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(outs, tile)
     g = tl.program_id(2) // tiles
     o = (tl.program_id(2) % tiles) * tile + tl.arange(0, tile)
-    p = tl.program_id(1) * tile_p + tl.arange(0, tile_p)
+    p = tl.program_id(0) * tile_p + tl.arange(0, tile_p)
     total = tl.zeros((tile, tile_p), wide)
     taps = kernel_rows * kernel_columns
     for tap in range(taps):
@@ -67,11 +67,11 @@ def _input_grad_kernel(
     stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, kernel_rows, kernel_columns,
     k_count: tl.constexpr, tile: tl.constexpr, tile_p: tl.constexpr, wide: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(ins, tile)
     g = tl.program_id(2) // tiles
     i = (tl.program_id(2) % tiles) * tile + tl.arange(0, tile)
-    p = tl.program_id(1) * tile_p + tl.arange(0, tile_p)
+    p = tl.program_id(0) * tile_p + tl.arange(0, tile_p)
     total = tl.zeros((tile, tile_p), wide)
     taps = kernel_rows * kernel_columns
     for tap in range(taps):
@@ -141,7 +141,8 @@ def _kernel_grads_kernel(
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     output = empty_output(input, weight, geometry)
     sizes, options = _sizes(input, weight, geometry), _options(input, weight)
-    grid = (len(input), triton.cdiv(output[0, 0].numel(), POSITIONS), geometry.groups * triton.cdiv(sizes[2], CHANNELS))
+    # A GPU's first axis alone has room for more than 65,535, as the tiles of large maps are.
+    grid = (triton.cdiv(output[0, 0].numel(), POSITIONS), len(input), geometry.groups * triton.cdiv(sizes[2], CHANNELS))
     with torch.cuda.device_of(input):
         _forward_kernel[grid](input, routing, _elements_first(weight), output, *sizes, **options)
     return output
@@ -156,7 +157,7 @@ def _backward(
     gradients = []
     if needed[0]:
         input_grad = torch.empty_like(input)
-        grid = (len(input), triton.cdiv(input[0, 0].numel(), POSITIONS), groups * triton.cdiv(ins, CHANNELS))
+        grid = (triton.cdiv(input[0, 0].numel(), POSITIONS), len(input), groups * triton.cdiv(ins, CHANNELS))
         _input_grad_kernel[grid](grad, routing, kernels, input_grad, *sizes, **options)
         gradients.append(input_grad)
     if needed[1] or needed[2]:

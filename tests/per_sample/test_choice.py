@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import by_name, depthwise
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
 from dyn_lightning.per_sample.geometry import Geometry
+from tests.command_line import ROOT
 from tests.tolerances import assert_close
 
 PADDED: dict[str, Any] = {"padding": 1}
@@ -50,25 +54,20 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
-    ("input", "weight", "geometry", "contiguous", "channels_last"),
+    ("input", "weight", "geometry", "method"),
     [
-        ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "grouped"),
-        ((32, 8, 80, 80), (4, 8, 1, 3, 3), {"padding": 1, "groups": 8}, "grouped", "chunked"),
-        ((1, 960, 14, 14), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped", "grouped"),
-        ((32, 576, 4, 4), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped", "grouped"),
-        ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped", "grouped"),
-        ((16, 128, 32, 32), (4, 128, 128, 3, 3), PADDED, "grouped", "chunked"),
-        ((16, 128, 32, 32), (4, 128, 4, 3, 3), {"padding": 1, "groups": 32}, "grouped", "chunked"),
-        ((32, 64, 28, 28), (4, 64, 64, 3, 3), PADDED, "grouped", "grouped"),
-        ((32, 512, 10, 10), (4, 512, 512, 1, 1), {}, "chunked", "chunked"),
+        ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped"),
+        ((1, 960, 14, 14), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped"),
+        ((16, 128, 32, 32), (4, 128, 128, 3, 3), PADDED, "grouped"),
+        ((32, 512, 10, 10), (4, 512, 512, 1, 1), {}, "chunked"),
     ],
 )
-def test_channels_last_may_choose_otherwise(
-    input: tuple, weight: tuple, geometry: dict[str, Any], contiguous: str, channels_last: str
+def test_channels_last_does_not_choose_otherwise(
+    input: tuple, weight: tuple, geometry: dict[str, Any], method: str
 ) -> None:
     x, kernels = torch.empty(input), torch.empty(weight)
     layouts = x, x.contiguous(memory_format=torch.channels_last)
-    assert [choose_method(laid_out, kernels, **geometry) for laid_out in layouts] == [contiguous, channels_last]
+    assert [choose_method(laid_out, kernels, **geometry) for laid_out in layouts] == [method, method]
 
 
 @pytest.mark.parametrize(
@@ -284,3 +283,28 @@ class TestMemory:
         tensors = torch.empty(2, 512, 4, 4), torch.empty(16, 1, 512, 3, 3)
         assert choose_method(*tensors, **PADDED, training=False) == "matmul"
         assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=20_000) == "chunked"
+
+
+def test_processes_choose_alike() -> None:
+    """As DDP ranks have to, whatever their seeds and threads are."""
+    program = """
+import itertools
+import torch
+from dyn_lightning.functional import choose_method
+channels, sizes = (16, 96, 512), (1, 2, 4, 7, 14, 28, 56)
+geometries = itertools.product(channels, channels, (1, 3, 5), (1, 2), sizes, (0, 1))
+for ins, outs, kernel, stride, size, depthwise in geometries:
+    for batch, training in ((32, True), (32, False), (1, False)):
+        groups = ins if depthwise and ins == outs else 1
+        x, weight = torch.empty(batch, ins, size, size), torch.empty(4, outs, ins // groups, kernel, kernel)
+        print(choose_method(x, weight, stride, kernel // 2, 1, groups, training=training))
+"""
+    environments = [{**os.environ, "PYTHONHASHSEED": str(n), "OMP_NUM_THREADS": str(n)} for n in (1, 3)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for env in environments
+    ]
+    one, other = (process.communicate()[0].split() for process in started)
+    assert one == other
+    assert len(one) == 3**3 * 2 * 7 * 2 * 3
+    assert set(one) == {"grouped", "matmul", "mixture", "chunked"}

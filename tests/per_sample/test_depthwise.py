@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import depthwise, native
-from dyn_lightning.per_sample.depthwise import convolve, gradients, is_faster
+from dyn_lightning.per_sample.convolution import convolve, gradients
+from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from tests.command_line import ROOT
 from tests.per_sample.loop import assert_equals_the_loop, loop
@@ -84,7 +85,7 @@ def calls(name: str, function: Callable[[], Any]) -> int:
 
 def is_compiled(y: Tensor) -> bool:
     """Tell whether C++ gave an output."""
-    return "dyn_lightning_depthwise" in type(y.grad_fn).__name__
+    return "dyn_lightning_convolve" in type(y.grad_fn).__name__
 
 
 @always
@@ -211,10 +212,10 @@ class TestOneImageWithoutABackwardPass:
             with FlopCounterMode(display=False) as counter:
                 convolve(x, kernels, GEOMETRY)
             assert counter.get_total_flops() == 2 * 3 * size * size * 3 * 3
-            assert calls("dyn_lightning::depthwise", lambda: convolve(x, kernels, GEOMETRY)) == 1  # noqa: B023
+            assert calls("dyn_lightning::convolve", lambda: convolve(x, kernels, GEOMETRY)) == 1  # noqa: B023
             with Mode():
                 convolve(x, kernels, GEOMETRY)
-            assert torch.ops.dyn_lightning.depthwise.default in seen
+            assert torch.ops.dyn_lightning.convolve.default in seen
             seen.clear()
         assert called == ["forward"] * 6
 
@@ -485,7 +486,7 @@ class TestMixedKernels:
         for batch in (3, 5) if dynamic else (3,):
             tensors = draw(batch)
             y, found = compiled(*tensors).square().sum(), []
-            name = f"dyn_lightning::{'depthwise' if method == 'grouped' else method}_backward"
+            name = f"dyn_lightning::{'convolve' if method == 'grouped' else method}_backward"
             assert calls(name, lambda: found.extend(torch.autograd.grad(y, tensors))) == 1  # noqa: B023
             assert_close(found, torch.autograd.grad(step(*tensors).square().sum(), tensors))
 
@@ -657,10 +658,10 @@ class TestCompiling:
 def test_is_a_well_formed_operation() -> None:
     x, _, weight, _ = draw(1)
     operands = (x, weight[0].detach().requires_grad_(), [1, 1, 1, 2, 1, 1, 4])
-    torch.library.opcheck(torch.ops.dyn_lightning.depthwise.default, operands)
-    grad = torch.randn_like(torch.ops.dyn_lightning.depthwise(*operands))
+    torch.library.opcheck(torch.ops.dyn_lightning.convolve.default, operands)
+    grad = torch.randn_like(torch.ops.dyn_lightning.convolve(*operands))
     given = (grad, *(tensor.detach() for tensor in operands[:2]), operands[2], [True, True])
-    torch.library.opcheck(torch.ops.dyn_lightning.depthwise_backward.default, given)
+    torch.library.opcheck(torch.ops.dyn_lightning.convolve_backward.default, given)
 
 
 @always

@@ -9,7 +9,7 @@ import torch
 
 from dyn_lightning.functional import dynamic_conv2d
 from tests.contract import GEOMETRIES
-from tests.per_sample.loop import assert_equals_the_loop, draw
+from tests.per_sample.loop import assert_equals_the_loop, draw, loop
 from tests.tolerances import assert_close
 
 pytest.importorskip("triton", reason="the package triton exists for Linux only")
@@ -49,9 +49,22 @@ class TestTriton:
         assert_equals_the_loop(tensors, "triton", padding=1)
 
     def test_float16(self) -> None:
-        tensors = [tensor.half() for tensor in draw(3, device=DEVICE)]
-        actual, expected = (dynamic_conv2d(*tensors, padding=1, method=method) for method in ("triton", "grouped"))
-        assert_close(actual, expected, torch.float16)
+        half = [tensor.detach().half().requires_grad_() for tensor in draw(3, device=DEVICE)]
+        wide = [tensor.detach().double().requires_grad_() for tensor in half]
+        y, expected = dynamic_conv2d(*half, padding=1, method="triton"), loop(*wide, padding=1)
+        assert_close(y.double(), expected, torch.float16)
+        found = torch.autograd.grad(y, half, torch.ones_like(y))
+        for ours, theirs in zip(found, torch.autograd.grad(expected.sum(), wide), strict=True):
+            assert ours.dtype == torch.float16
+            assert_close(ours.double() / theirs.abs().max(), theirs / theirs.abs().max(), torch.float16)
+
+    def test_compiled_to_one_graph(self) -> None:
+        torch.compiler.reset()
+        tensors = draw(3, device=DEVICE)
+        compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="aot_eager")
+        y, expected = compiled(*tensors, padding=1, method="triton"), loop(*tensors, padding=1)
+        assert_close(y, expected)
+        assert_close(*(torch.autograd.grad(output.square().sum(), tensors) for output in (y, expected)))
 
     @pytest.mark.parametrize("batch", [1, 3])
     def test_depthwise(self, batch: int) -> None:

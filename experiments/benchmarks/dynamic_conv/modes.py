@@ -1,4 +1,7 @@
-"""Single layers, forward and backward, as they are, in channels_last, in bfloat16 and compiled."""
+"""Single layers, forward and backward, as they are, in channels_last, in bfloat16 and compiled.
+
+In bfloat16 under autocast, of maps in bfloat16, as a network's layers have them, but for the first.
+"""
 
 import copy
 from functools import partial
@@ -35,12 +38,13 @@ def modes(options: Any) -> list[dict[str, Any]]:
         dynamic = DynamicConv2d(*arguments, num_kernels=options.kernels)
         for kind, layer in (("dynamic", dynamic), ("static", nn.Conv2d(*arguments))):
             x = torch.randn(options.batch, in_channels, pixels, pixels, device=options.device, requires_grad=True)
+            half = x.detach().bfloat16().requires_grad_()
             last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
             layer = layer.to(options.device)
             passes = {
                 "plain": partial(both_passes, layer, x),
                 "channels_last": partial(both_passes, copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
-                "bfloat16": partial(both_passes, layer, x, torch.bfloat16),
+                "bfloat16": partial(both_passes, layer, half, torch.bfloat16),
                 "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
             }
             times = interleaved(passes, options.rounds, options.device)
