@@ -9,17 +9,12 @@ from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
-from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
+from dyn_lightning.per_sample.tracing import in_strict_export
 
-# Where freed memory is not kept, a larger tensor than this is fetched from the system, page by page, each time. From
-# about there on chunks are faster.
-FETCHED_BYTES = 32 << 20
-# In a product both write the maps where they belong, and the mixed kernels alone count: chunks are faster from so many
-# bytes of these on. With a backward pass they mix twice, K multiply-adds a weight: from so many bytes times K on.
-MIXED_BYTES, MIXED_BYTES_BY_K = 16 << 20, 6 << 20
-# From so many bytes on, one image's mixed kernel and its copy in the layout of a convolution's library are given back
-# to the system after each layer and fetched again page by page for the next; parts of them are kept.
-LARGE_KERNEL_BYTES = 4 << 20
+# Where freed memory is not kept, a larger tensor than about this is fetched from the system, page by page, each time,
+# and chunks are faster. With a backward pass they mix the kernels twice, K multiply-adds a weight: from so many bytes of
+# these times K on, or of both maps together.
+FETCHED_BYTES, MIXED_BYTES_BY_K, MAPS_BYTES = 40 << 20, 9 << 20, 32 << 20
 # Numbers of one image's unfolded input up to which torch's depthwise convolution takes longer to begin than a product.
 FEW_PATCHES = 60_000
 # From so many weights on, to mix those of one image takes longer than to use all K at a single position.
@@ -55,18 +50,11 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16.
-KEPT_COSTS = {
+CPU_COSTS = {
     (True, True): Costs((1320, 25.4, 22.3, 209e6), (28.5, 352, 1820, 523e6)),
     (True, False): Costs((392, 10.1, 6.8, 39.9e6), (10, 135, 398, 134e6)),
     (False, True): Costs((831, 98.7, 19.2, 0), (20.8, 494, 257, 1200e6)),
     (False, False): Costs((253, 26.4, 5.3, 40.6e6), (5.59, 189, 294, 723e6)),
-}
-# The same where freed memory goes back to the system; its files are in the folder `by_glibc`, of another machine.
-FETCHED_COSTS = {
-    (True, True): Costs((3060, 63.7, 30.1, 131e6), (35.4, 910, 3760, 500e6)),
-    (True, False): Costs((836, 15.6, 11.2, 27.8e6), (11.8, 225, 864, 79.8e6)),
-    (False, True): Costs((3350, 163, 34, 0), (42.3, 1730, 289, 0)),
-    (False, False): Costs((1730, 0, 8.81, 0), (13.4, 444, 613, 663e6)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
@@ -91,18 +79,16 @@ def choose(case: Case) -> str:
     if case.is_depthwise() or "mixture" not in within:
         return first
     if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
-        many = case.keeps_memory and not case.training and math.prod(case.weight) >= MANY_WEIGHTS
+        many = not case.training and math.prod(case.weight) >= MANY_WEIGHTS
         return "mixture" if many and case.geometry.groups == 1 == case.positions() else first
-    costs = CUDA_COSTS if case.device != "cpu" else KEPT_COSTS if case.keeps_memory else FETCHED_COSTS
+    costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
     return "mixture" if costs[case.is_product(), case.training].prefer_mixture(case) else first
 
 
 def mixed_first(case: Case) -> str:
     """Name the fastest method that mixes the kernels first, all at once or a few samples at a time."""
     if case.input[0] == 1:
-        if case.is_product() or (case.is_depthwise() and multiplies_one(case)):
-            return "matmul"
-        return "chunked" if mixes_in_parts(case) else "grouped"
+        return "matmul" if case.is_product() or (case.is_depthwise() and multiplies_one(case)) else "grouped"
     if case.device == "cpu" and chunks_are_faster(case):
         return "chunked"
     one_weight = math.prod(case.weight[2:]) == 1 and case.positions() <= FEW_POSITIONS  # what is left of depthwise ones
@@ -111,30 +97,31 @@ def mixed_first(case: Case) -> str:
 
 def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
-    if case.keeps_memory:
+    if case.keeps_memory or is_ours(case):
         return False  # chunks save fetching memory from the system, and mix a second time
     mixed = case.bytes_of(case.mixed_weights())
-    if case.is_product():
-        return mixed >= (MIXED_BYTES_BY_K * case.weight[0] if case.training else MIXED_BYTES)
-    maps = (case.bytes_of(math.prod(case.input)), case.bytes_of(case.outputs()))
-    return max(mixed, sum(maps) if case.training else max(maps)) >= FETCHED_BYTES
+    # A product reads and writes the maps where they belong.
+    maps = [0, 0] if case.is_product() else [case.bytes_of(n) for n in (math.prod(case.input), case.outputs())]
+    if case.training:
+        return mixed >= MIXED_BYTES_BY_K * case.weight[0] or sum(maps) >= MAPS_BYTES
+    return max(mixed, *maps) >= FETCHED_BYTES
+
+
+def is_ours(case: Case, within: bool = False) -> bool:
+    """Tell whether a depthwise convolution is computed in our C++."""
+    if case.device != "cpu" or not case.dense or not case.is_depthwise():
+        return False
+    kernels = (case.input[0] * case.weight[1], *case.weight[2:])
+    layout = "channels_last" if case.channels_last else "contiguous"
+    return is_faster(case.input, kernels, case.geometry, case.dtype, case.training, within, layout)
 
 
 def multiplies_one(case: Case) -> bool:
     """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
-    if case.device == "cpu" and not (case.training or torch.compiler.is_compiling()):
-        shapes = case.input, (case.weight[1], *case.weight[2:])
-        ours = case.dense and is_faster(*shapes, case.geometry, case.dtype, training=False, within=True)
-        if case.channels_last or ours:
-            return False
+    asked = case.device == "cpu" and not (case.training or torch.compiler.is_compiling())
+    if asked and (case.channels_last or is_ours(case, within=True)):
+        return False
     return case.patches() <= FEW_PATCHES
-
-
-def mixes_in_parts(case: Case) -> bool:
-    """Tell whether one image's kernel is mixed part by part; an exported network does without an operation of ours."""
-    large = case.geometry.groups == 1 and case.bytes_of(case.mixed_weights()) >= LARGE_KERNEL_BYTES
-    fetched = case.device == "cpu" and not case.keeps_memory
-    return large and fetched and not case.training and not in_traced_export()
 
 
 def methods_within(case: Case) -> list[str]:

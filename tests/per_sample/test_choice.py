@@ -34,12 +34,18 @@ PADDED: dict[str, Any] = {"padding": 1}
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
         ((32, 24, 56, 56), (4, 144, 24, 1, 1), {}, "matmul"),
         ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
-        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "chunked"),
+        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "grouped"),
         ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
         ((32, 960, 1, 1), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "matmul"),
         ((32, 192, 2, 2), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
         ((32, 576, 2, 2), (4, 576, 1, 3, 3), {"padding": 1, "groups": 576}, "grouped"),
-        ((32, 192, 28, 28), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "chunked"),
+        ((32, 192, 28, 28), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
+        (
+            (32, 192, 28, 28),
+            (4, 384, 1, 3, 3),
+            {"padding": 1, "groups": 192},
+            "chunked",
+        ),  # which the C++ does not serve
         # ResNet: few and many weights beside the pixels
         ((32, 128, 28, 28), (4, 128, 128, 3, 3), PADDED, "grouped"),
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "chunked"),
@@ -59,7 +65,7 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
         ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped"),
         ((1, 960, 14, 14), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped"),
         ((16, 128, 32, 32), (4, 128, 128, 3, 3), PADDED, "grouped"),
-        ((32, 512, 10, 10), (4, 512, 512, 1, 1), {}, "chunked"),
+        ((32, 512, 10, 10), (4, 1024, 512, 1, 1), {}, "chunked"),
     ],
 )
 def test_channels_last_does_not_choose_otherwise(
@@ -73,12 +79,13 @@ def test_channels_last_does_not_choose_otherwise(
 @pytest.mark.parametrize(
     ("input", "weight", "geometry", "by_glibc", "kept"),
     [
-        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "chunked", "grouped"),
+        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "grouped", "grouped"),
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "chunked", "grouped"),
-        ((32, 256, 14, 14), (4, 1024, 256, 1, 1), {}, "chunked", "matmul"),
-        ((1, 256, 14, 14), (4, 512, 256, 3, 3), PADDED, "chunked", "grouped"),
-        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "chunked", "mixture"),
-        ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "matmul", "mixture"),
+        ((32, 256, 14, 14), (4, 1024, 256, 1, 1), {}, "matmul", "matmul"),
+        ((32, 1024, 14, 14), (4, 512, 1024, 1, 1), {}, "chunked", "matmul"),
+        ((1, 256, 14, 14), (4, 512, 256, 3, 3), PADDED, "grouped", "grouped"),
+        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "mixture", "mixture"),
+        ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "mixture", "mixture"),
         ((1, 2048, 1, 1), (1, 512, 2048, 1, 1), {}, "matmul", "matmul"),
         ((32, 512, 7, 7), (4, 512, 512, 3, 3), PADDED, "chunked", "chunked"),  # more than max_mixed_bytes
     ],
@@ -92,24 +99,21 @@ def test_it_matters_whether_freed_memory_is_kept(
         assert choose_method(*tensors, **geometry, training=input[0] > 1) == method
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_on_a_gpu_it_does_not_matter(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator, "_kept", keeps)
+def test_on_a_gpu_it_does_not_matter() -> None:
     with torch.device("meta"):
-        tensors = torch.empty(1, 2048, 1, 1), torch.empty(4, 512, 2048, 1, 1)
-    assert choose_method(*tensors, training=False) == "matmul"
+        tensors = torch.empty(32, 256, 14, 14), torch.empty(4, 256, 256, 3, 3)
+    assert choose_method(*tensors) == "mixture"
 
 
-def test_the_weights_of_one_image_are_mixed_in_groups_and_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator, "_kept", True)
+def test_the_weights_of_one_image_are_mixed_in_groups_and_in_training() -> None:
     image, weight = torch.empty(1, 2048, 1, 1), torch.empty(4, 512, 2048, 1, 1)
     assert choose_method(image, weight, training=True) == "matmul"
     assert choose_method(image, torch.empty(4, 4096, 512, 1, 1), groups=4, training=False) == "grouped"
 
 
 def test_evaluation_may_choose_otherwise() -> None:
-    tensors = torch.empty(32, 160, 7, 7), torch.empty(4, 960, 160, 1, 1)
-    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["matmul", "chunked"]
+    tensors = torch.empty(32, 64, 56, 56), torch.empty(4, 64, 64, 3, 3)
+    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["chunked", "grouped"]
 
 
 @pytest.mark.parametrize(
@@ -142,16 +146,8 @@ def test_small_depthwise_convolutions_of_one_image(
     assert choose_method(x.to(memory_format=given["layout"]), weight, **options) == method
 
 
-def test_large_kernels_of_one_image_are_mixed_in_parts() -> None:
-    weight = torch.empty(4, 512, 256, 3, 3)  # 4.7 MB each, less than what chunks may take
-    for image, kernels, groups, method in (
-        (torch.empty(1, 256, 14, 14), weight, 1, "chunked"),
-        (torch.empty(1, 256, 14, 14), weight[:, :256], 1, "grouped"),
-        (torch.empty(1, 1024, 14, 14), weight, 4, "grouped"),  # chunks do not divide groups
-    ):
-        assert choose_method(image, kernels, padding=1, groups=groups, training=False) == method
-    image = torch.empty(1, 256, 14, 14)
-    assert choose_method(image, weight, padding=1) == "grouped"
+def test_chunks_of_one_image() -> None:
+    image, weight = torch.empty(1, 256, 14, 14), torch.empty(4, 512, 256, 3, 3)
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     assert chunk_size(image, weight, geometry, CACHED_BYTES_OF_ONE) == (3, 256)
 
@@ -244,7 +240,7 @@ class TestMemory:
     @pytest.mark.parametrize("method", ["auto", "chunked"])
     def test_the_map_of_one_image_counts_too(self, method: str) -> None:
         shapes = (1, 128, 56, 56), (4, 1024, 128, 3, 3)  # a kernel of 4.7 MB, an output of 12.8 MB
-        limit = 5_000_000
+        limit = 4_600_000
         assert self.beyond(*shapes, PADDED, training=False, method=method, max_mixed_bytes=limit) <= 2 * limit
 
     @pytest.mark.parametrize("training", [True, False])

@@ -93,9 +93,9 @@ def lines(results: list[Result]) -> Costs:
     return Costs(*numbers)
 
 
-def kind_of(case: Case) -> tuple[bool, bool, bool]:
-    """Say which of the tables a case is for, and its key there: product, training."""
-    return case.keeps_memory, case.is_product(), case.training
+def kind_of(case: Case) -> tuple[bool, bool]:
+    """Say which key of the table a case has: product, training."""
+    return case.is_product(), case.training
 
 
 def main(paths: list[str]) -> None:
