@@ -12,8 +12,8 @@ from dyn_lightning.per_sample.methods import FEW_POSITIONS
 from dyn_lightning.per_sample.tracing import in_strict_export
 
 # Where freed memory is not kept, a larger tensor than about this is fetched from the system, page by page, each time,
-# and chunks are faster. With a backward pass they mix the kernels twice, K multiply-adds a weight: from so many bytes of
-# these times K on, or of both maps together.
+# and chunks are faster. With a backward pass they mix the kernels twice, K multiply-adds a weight: from so many bytes
+# of these times K on, or of both maps together.
 FETCHED_BYTES, MIXED_BYTES_BY_K, MAPS_BYTES = 40 << 20, 9 << 20, 32 << 20
 # Numbers of one image's unfolded input up to which torch's depthwise convolution takes longer to begin than a product.
 FEW_PATCHES = 60_000
