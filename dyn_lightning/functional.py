@@ -72,8 +72,8 @@ def dynamic_conv2d(
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
 
     Raises:
-        ValueError: a shape, type or device disagrees with another, a size but B is 0, the kernel is larger than the
-            padded input, or the method does not exist or cannot run on the input's device.
+        ValueError: shapes, types or devices of input, routing and weight disagree, a size but B is 0, the kernel is
+            larger than the padded input, or the method does not exist or cannot run on the input's device.
 
     Example:
         >>> x, routing, weight = torch.randn(2, 4, 7, 6), torch.rand(2, 3), torch.randn(3, 6, 4, 3, 3)
@@ -144,9 +144,8 @@ def choose_method(
 ) -> str:
     """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
 
-    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and, of one image
-    without a backward pass and in channels_last, on whether there is a compiler for our C++: ranks on equal machines
-    take the same.
+    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and, of depthwise
+    convolutions, on whether there is a compiler for our C++: ranks on equal machines take the same.
 
     Args:
         input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.

@@ -108,7 +108,7 @@ def test_the_costs_are_those_of_the_runs_that_are_here() -> None:
         these = [
             (case, mixed_first(case), result["milliseconds"])
             for case, result in rows
-            if fit_costs.is_open(case) and (case.is_product(), case.training) == kind
+            if fit_costs.is_open(case) and fit_costs.kind_of(case) == kind
         ]
         fitted = fit(these)
         for found, kept in zip(fitted, costs, strict=True):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.methods import mixes_rows, multiplies
 from dyn_lightning.per_sample.reduction import Plan
@@ -46,6 +47,14 @@ class Case(NamedTuple):
     def is_depthwise(self) -> bool:
         """Whether each group has one input channel."""
         return is_depthwise(self.weight, self.geometry.groups)
+
+    def is_ours(self, within: bool = False) -> bool:
+        """Whether it is a depthwise convolution that is computed in C++; within, if no operation has to be called."""
+        if self.device != "cpu" or not self.dense or not self.is_depthwise():
+            return False
+        kernels = (self.input[0] * self.weight[1], *self.weight[2:])
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return is_faster(self.input, kernels, self.geometry, self.dtype, self.training, within, layout)
 
     def unfolds(self) -> bool:
         """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""
@@ -99,11 +108,11 @@ class Case(NamedTuple):
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied
-        if not self.channels_last:
+        if not self.channels_last or self.is_ours():
             return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture}
         # What comes out contiguous is copied; a product's K kernels are transposed.
         again = outputs if not self.is_product() else math.prod(self.weight) if self.training else 0
-        grouped = mixed + pixels + outputs
+        grouped = mixed + min(mixed, math.prod(self.weight)) + pixels + outputs  # all K, to be mixed in this layout
         return {"grouped": grouped, "matmul": mixed + unfolded + again, "mixture": mixture}
 
 

@@ -7,7 +7,6 @@ import torch
 
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
 from dyn_lightning.per_sample.tracing import in_strict_export
 
@@ -49,7 +48,8 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
-# `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16.
+# `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16,
+# freed memory kept; where it is not, they decide small maps alone, for which none is fetched.
 CPU_COSTS = {
     (True, True): Costs((1320, 25.4, 22.3, 209e6), (28.5, 352, 1820, 523e6)),
     (True, False): Costs((392, 10.1, 6.8, 39.9e6), (10, 135, 398, 134e6)),
@@ -97,7 +97,7 @@ def mixed_first(case: Case) -> str:
 
 def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
-    if case.keeps_memory or is_ours(case):
+    if case.keeps_memory or case.is_ours():
         return False  # chunks save fetching memory from the system, and mix a second time
     mixed = case.bytes_of(case.mixed_weights())
     # A product reads and writes the maps where they belong.
@@ -107,19 +107,10 @@ def chunks_are_faster(case: Case) -> bool:
     return max(mixed, *maps) >= FETCHED_BYTES
 
 
-def is_ours(case: Case, within: bool = False) -> bool:
-    """Tell whether a depthwise convolution is computed in our C++."""
-    if case.device != "cpu" or not case.dense or not case.is_depthwise():
-        return False
-    kernels = (case.input[0] * case.weight[1], *case.weight[2:])
-    layout = "channels_last" if case.channels_last else "contiguous"
-    return is_faster(case.input, kernels, case.geometry, case.dtype, case.training, within, layout)
-
-
 def multiplies_one(case: Case) -> bool:
     """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
     asked = case.device == "cpu" and not (case.training or torch.compiler.is_compiling())
-    if asked and (case.channels_last or is_ours(case, within=True)):
+    if asked and (case.channels_last or case.is_ours(within=True)):
         return False
     return case.patches() <= FEW_PATCHES
 

@@ -70,12 +70,12 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
-    convolve, _ = _passes(weight, geometry)
+    compute, _ = _passes(weight, geometry)
     flat = weight.flatten(1)
     output = empty_output(input, weight, geometry)
     for some, these, columns in _chunks(input, weight, *chunk_size(input, weight, geometry, limit)):
         kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
-        convolve(input[some], kernels, geometry, output[some, these])
+        compute(input[some], kernels, geometry, output[some, these])
         del kernels  # before the next ones are made
     return output
 

@@ -23,7 +23,7 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 
     Args:
         input: ``(B, C_in, H, W)``.
-        kernels: ``(B C_out, C_in / groups, kH, kW)``, those of sample b from b C_out on.
+        kernels: ``(B C_out, C_in / groups, kH, kW)``, those of sample b from b C_out on, in any memory format.
         geometry: of a sample's convolution.
 
     Returns:
@@ -64,25 +64,12 @@ def gradients(
     wide = kernels.shape[3] > depthwise.MOST_COLUMNS
     if wide and depthwise.is_ours(input, kernels, geometry, training=True, layout="contiguous"):
         return depthwise.backward(grad, input.contiguous(), kernels, geometry, wanted)
-    if is_convolved_singly(input, _of_one(kernels, input), geometry):
-        samples = [grad.split(1), input.split(1), kernels.split(len(kernels) // len(input))]
-        both = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
-        for b, (its_grad, its_input, its_kernels) in enumerate(zip(*samples, strict=True)):
-            found = gradients(its_grad, its_input, its_kernels, geometry, wanted)
-            for whole, part in zip(both, found, strict=True):
-                if whole is not None and part is not None:
-                    whole[b * len(part) : (b + 1) * len(part)] = part
-        return both[0], both[1]
-    together, (stride, padding, dilation, groups) = _together(input, geometry)
-    settings = (None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))
-    if together is not input:
-        grad = grad.reshape(1, -1, *grad.shape[2:])
-    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, together, kernels, *settings)
-    return None if input_grad is None else input_grad.view(input.shape), kernels_grad
+    singly = is_convolved_singly(input, _of_one(kernels, input), geometry)
+    return (_gradients_singly if singly else _gradients_as_groups)(grad, input, kernels, geometry, wanted)
 
 
 def is_convolved_singly(input: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> bool:
-    """Tell whether each sample has a convolution of its own, which takes less time where kernels are channels_last too.
+    """Tell whether each sample has a convolution of its own; kernels in channels_last make it faster still.
 
     Args:
         input: ``(B, C_in, H, W)``.
@@ -101,25 +88,47 @@ def _of_one(kernels: Tensor, input: Tensor) -> tuple[int, ...]:
 
 
 def _singly(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    samples = zip(input.split(1), kernels.split(len(kernels) // len(input)), strict=True)
-    return torch.cat([F.conv2d(sample, its, None, *geometry) for sample, its in samples])
+    output = depthwise.empty_output(input, kernels, geometry)
+    samples = zip(input.split(1), kernels.split(len(kernels) // len(input)), output.split(1), strict=True)
+    for sample, its_kernels, place in samples:
+        place.copy_(F.conv2d(sample, its_kernels, None, *geometry))
+    return output
+
+
+def _gradients_singly(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    samples = [grad.split(1), input.split(1), kernels.split(len(kernels) // len(input))]
+    both = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
+    for b, (its_grad, its_input, its_kernels) in enumerate(zip(*samples, strict=True)):
+        found = _gradients_as_groups(its_grad, its_input, its_kernels, geometry, wanted)
+        for whole, part in zip(both, found, strict=True):
+            if whole is not None and part is not None:
+                whole[b * len(part) : (b + 1) * len(part)] = part
+    return both[0], both[1]
 
 
 def _as_groups(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve by one convolution, whose groups are the samples: the usual form."""
-    together, geometry = _together(input, geometry)
-    output = F.conv2d(together, kernels, None, *geometry)
-    return output if together is input else output.view(input.shape[0], -1, *output.shape[2:])
-
-
-def _together(input: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     batch, _, *size = input.shape
     # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
     # would close what is left open of the batch; a tracer's sizes are tensors.
     if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
-        return input, geometry
+        return F.conv2d(input, kernels, None, *geometry)
     stride, padding, dilation, groups = geometry
-    return input.reshape(1, -1, *size), Geometry(stride, padding, dilation, batch * groups)
+    output = F.conv2d(input.reshape(1, -1, *size), kernels, None, stride, padding, dilation, batch * groups)
+    return output.view(batch, -1, *output.shape[2:])
+
+
+def _gradients_as_groups(
+    grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    (stride, padding, dilation, groups), batch, together = geometry, len(input), input
+    if batch > 1:
+        grad, together = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (grad, input))
+    settings = (None, stride, padding, dilation, False, (0, 0), batch * groups, (*wanted, False))
+    input_grad, kernels_grad, _ = torch.ops.aten.convolution_backward(grad, together, kernels, *settings)
+    return None if input_grad is None else input_grad.view(input.shape), kernels_grad
 
 
 def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:

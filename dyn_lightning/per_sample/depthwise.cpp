@@ -1,15 +1,10 @@
 // Depthwise convolution and its gradients, of maps that lie plane by plane (a channel of a sample), and of those that lie
 // pixel by pixel, with their channels side by side.
-//
-// A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
-// the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
-// kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
-// computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
-// numbers may give NaN to more of a gradient here.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -45,11 +40,13 @@ template <typename Number> struct Vectors {
 };
 template <typename Number> using Vector = typename Vectors<Number>::Vector;
 
-template <typename Number> inline Vector<Number> load(const Number *from) {
+template <typename Number> using IfNumber = std::enable_if_t<std::is_arithmetic<Number>::value>;
+
+template <typename Number, typename = IfNumber<Number>> inline Vector<Number> load(const Number *from) {
   return *(const typename Vectors<Number>::Unaligned *)from;
 }
 
-template <typename Number> inline void store(Vector<Number> vector, Number *to) {
+template <typename Number, typename = IfNumber<Number>> inline void store(Vector<Number> vector, Number *to) {
   *(typename Vectors<Number>::Unaligned *)to = vector;
 }
 
@@ -114,6 +111,11 @@ template <typename Pixel> inline void fetch(const Pixel *row, int64_t plane, int
   for (uintptr_t line = next; line < end; line += 64) __builtin_prefetch((const void *)line, 0, 2);
 }
 
+// A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
+// the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
+// kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
+// computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
+// numbers may give NaN to more of a gradient here.
 template <typename Pixel> class PlaneByPlane {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>;
@@ -291,7 +293,8 @@ template <typename Pixel> class PlaneByPlane {
   }
 };
 
-// Of maps whose channels lie side by side, in vectors of some of them; the last vectors may overlap.
+// In vectors of channels, of which there must be as many as a vector has; the last two vectors may overlap. Padding is
+// skipped, as torch skips it.
 template <typename Pixel> class PixelByPixel {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>;

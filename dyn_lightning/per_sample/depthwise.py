@@ -2,7 +2,8 @@
 
 oneDNN, which computes torch's convolutions there, brings maps into a layout of its own and back. It has a fast gradient
 only for kernels of up to 3 columns whose output has more rows than there are rows of zeros around the input, and in
-bfloat16 only without a stride; elsewhere it unfolds each channel, which takes several times as long.
+bfloat16 only without a stride; elsewhere it unfolds each channel, which takes several times as long. In channels_last
+it would need a call for each sample, since the channels of several cannot be groups of one map.
 """
 
 import ctypes

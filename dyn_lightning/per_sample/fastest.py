@@ -27,7 +27,7 @@ def fastest(input: Tensor, routing: Tensor, weight: Tensor, case: Case) -> str:
     if isinstance(input, FakeTensor) or input.device.type == "meta" or is_transformed():
         return choose(case)  # there is nothing to time
     differentiated = [case.training and tensor.requires_grad for tensor in (input, routing, weight)]
-    key = (case, input.device, input.dtype, *differentiated, torch.get_num_threads())
+    key = (case, input.device, *differentiated, torch.get_num_threads())
     if key not in MEASURED:
         # Nothing around may see these runs: activation checkpoints, offloading, counters of operations.
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)

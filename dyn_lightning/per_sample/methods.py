@@ -41,7 +41,8 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix the kernels and put the batch into the groups of one convolution: the usual form."""
     other = not (input.is_contiguous() or torch.compiler.is_compiling())
-    if other and is_convolved_singly(input, weight.shape[1:], geometry):  # mixed as they are wanted
+    # Mixed in channels_last, of a copy of all K, which pays where it is used often.
+    if other and len(input) >= len(weight) and is_convolved_singly(input, weight.shape[1:], geometry):
         kernels = mix_kernels(routing, weight.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
         return convolve(input, kernels.flatten(0, 1), geometry)
     kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[2:])  # a view less than `mix_kernels`' two

@@ -60,9 +60,9 @@ def _dispatched_by(tensor: Tensor) -> int:
 def _plain() -> set[int]:
     """Give what tensors are dispatched by that are their memory on a CPU alone."""
     with torch.inference_mode():
-        of_inference = torch.empty(0)
+        of_inference = torch.empty(0, device="cpu")
     with torch.inference_mode(False):
-        return {_dispatched_by(torch.empty(0)), _dispatched_by(of_inference)}
+        return {_dispatched_by(torch.empty(0, device="cpu")), _dispatched_by(of_inference)}
 
 
 PLAIN = _plain()

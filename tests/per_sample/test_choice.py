@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,7 @@ def test_choose_method(input: tuple, weight: tuple, geometry: dict[str, Any], me
     [
         ((32, 960, 7, 7), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped"),
         ((1, 960, 14, 14), (4, 960, 1, 3, 3), {"padding": 1, "groups": 960}, "grouped"),
+        ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "grouped"),  # both maps: more than allowed
         ((16, 128, 32, 32), (4, 128, 128, 3, 3), PADDED, "grouped"),
         ((32, 512, 10, 10), (4, 1024, 512, 1, 1), {}, "chunked"),
     ],
@@ -252,6 +254,8 @@ class TestMemory:
             ((8, 64, 20, 20), (4, 64, 1, 3, 3), {"padding": 1, "groups": 64}, 10**6),
             ((8, 64, 20, 20), (4, 64, 64, 1, 1), {}, 10**6),
             ((8, 16, 40, 40), (4, 64, 16, 1, 1), {"stride": 2}, 237_568),
+            ((2, 64, 40, 40), (32, 64, 64, 3, 3), PADDED, 4 * 10**6),  # a convolution for each sample
+            ((8, 64, 40, 40), (4, 64, 64, 3, 3), PADDED, 8 * 10**6),
         ],
     )
     def test_channels_last_takes_no_more(
@@ -281,8 +285,8 @@ class TestMemory:
         assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=20_000) == "chunked"
 
 
-def test_processes_choose_alike() -> None:
-    """As DDP ranks have to, whatever their seeds and threads are."""
+def test_processes_choose_alike(tmp_path: Path) -> None:
+    """As DDP ranks have to, whatever their seeds and threads are; without a compiler, depthwise ones may differ."""
     program = """
 import itertools
 import torch
@@ -291,16 +295,25 @@ channels, sizes = (16, 96, 512), (1, 2, 4, 7, 14, 28, 56)
 geometries = itertools.product(channels, channels, (1, 3, 5), (1, 2), sizes, (0, 1))
 for ins, outs, kernel, stride, size, depthwise in geometries:
     for batch, training in ((32, True), (32, False), (1, False)):
-        groups = ins if depthwise and ins == outs else 1
+        depthwise &= ins == outs
+        groups = ins if depthwise else 1
         x, weight = torch.empty(batch, ins, size, size), torch.empty(4, outs, ins // groups, kernel, kernel)
-        print(choose_method(x, weight, stride, kernel // 2, 1, groups, training=training))
+        print(depthwise, choose_method(x, weight, stride, kernel // 2, 1, groups, training=training))
 """
-    environments = [{**os.environ, "PYTHONHASHSEED": str(n), "OMP_NUM_THREADS": str(n)} for n in (1, 3)]
-    started = [
-        subprocess.Popen([sys.executable, "-c", program], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for env in environments
+    changes = [
+        {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
+        {"PYTHONHASHSEED": "3", "OMP_NUM_THREADS": "3"},
+        {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)},
     ]
-    one, other = (process.communicate()[0].split() for process in started)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=os.environ | change, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for change in changes
+    ]
+    one, other, without = (process.communicate()[0].splitlines() for process in started)
     assert one == other
-    assert len(one) == 3**3 * 2 * 7 * 2 * 3
-    assert set(one) == {"grouped", "matmul", "mixture", "chunked"}
+    assert len(one) == len(without) == 3**3 * 2 * 7 * 2 * 3
+    assert {line.split()[1] for line in one} == {"grouped", "matmul", "mixture", "chunked"}
+    different = [pair for pair in zip(one, without, strict=True) if pair[0] != pair[1]]
+    assert {line.split()[0] for line, _ in different} == {"1"}

@@ -94,6 +94,16 @@ class TestEachSampleByItself:
         other = torch.randn_like(x)
         assert_close(traced(other), convolve(other, kernels, geometry))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_in_lower_precision(self, dtype: torch.dtype) -> None:
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in draw_channels_last()]
+        wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        y, expected = dynamic_conv2d(*tensors, padding=1, method="grouped"), loop(*wide, padding=1)
+        assert_close(y.double(), expected, dtype)
+        found = torch.autograd.grad(y, tensors, torch.ones_like(y))
+        for ours, theirs in zip(found, torch.autograd.grad(expected.sum(), wide), strict=True):
+            assert_close(ours.double() / theirs.abs().max(), theirs / theirs.abs().max(), dtype)
+
     @pytest.mark.parametrize("method", METHODS)
     def test_compiled(self, method: str) -> None:
         torch.compiler.reset()

@@ -655,9 +655,20 @@ class TestCompiling:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
 @always
-def test_is_a_well_formed_operation() -> None:
-    x, _, weight, _ = draw(1)
-    operands = (x, weight[0].detach().requires_grad_(), [1, 1, 1, 2, 1, 1, 4])
+@pytest.mark.parametrize(
+    ("input", "kernels", "layout"),
+    [
+        ((1, 4, 7, 6), (4, 1, 3, 5), torch.contiguous_format),
+        ((2, 16, 7, 6), (32, 1, 3, 5), torch.channels_last),
+        ((2, 16, 3, 2), (32, 1, 5, 6), torch.channels_last),  # to one pixel
+        ((2, 4, 7, 6), (12, 4, 3, 5), torch.channels_last),
+        ((2, 64, 40, 40), (128, 64, 3, 5), torch.channels_last),  # a convolution for each sample
+    ],
+)
+def test_is_a_well_formed_operation(input: tuple[int, ...], kernels: tuple[int, ...], layout: Any) -> None:
+    groups = 1 if kernels[1] > 1 else input[1]
+    x = torch.randn(input).to(memory_format=layout).requires_grad_()
+    operands = (x, torch.randn(kernels, requires_grad=True), [1, 1, 1, 2, 1, 1, groups])
     torch.library.opcheck(torch.ops.dyn_lightning.convolve.default, operands)
     grad = torch.randn_like(torch.ops.dyn_lightning.convolve(*operands))
     given = (grad, *(tensor.detach() for tensor in operands[:2]), operands[2], [True, True])

@@ -2,7 +2,8 @@
 ``python -m experiments.benchmarks.dynamic_conv.fit_costs FILE.json [...]``.
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
-other than 4). For each kind of layer and of job, both ways to compute are a line in what there is to do (``Costs``).
+other than 4), all with freed memory kept or none. For each kind of layer and of job, both ways to compute are a line in
+what there is to do (``Costs``).
 Prints the numbers for ``choice.py``, the cases where a choice by them is more than 10 % slower than the best method,
 and how good the choices of today's ``choice.py`` are: in each file, and in those of the same cases together, since a
 single time of tens of microseconds may be off by a tenth.
