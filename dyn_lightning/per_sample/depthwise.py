@@ -22,6 +22,7 @@ MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Positions of the output from which on ours takes less time than torch's fast one.
 MANY_POSITIONS = {torch.float32: 36, torch.bfloat16: 256, torch.float64: 1}
 MANY_STRIDED_POSITIONS = {**MANY_POSITIONS, torch.float32: 80}  # the same with a stride
+MANY_WIDE_POSITIONS = {**MANY_POSITIONS, torch.float32: 128}  # and of kernels with more columns, with a stride or not
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
 MOST_LAID_OUT = 64
@@ -92,6 +93,7 @@ def is_faster(
         strided = dtype == torch.bfloat16 and geometry.stride != (1, 1)
         slow = width > MOST_COLUMNS or many_zeros or strided
     many = MANY_POSITIONS if geometry.stride == (1, 1) else MANY_STRIDED_POSITIONS
+    many = MANY_WIDE_POSITIONS if width > MOST_COLUMNS else many
     return (slow or rows * columns >= many[dtype]) and is_compiled()
 
 

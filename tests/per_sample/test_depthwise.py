@@ -61,7 +61,7 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small maps be computed in C++ too."""
     monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
     monkeypatch.setattr(depthwise, "LEAST_ASKED", 0)
-    for name in ("MANY_POSITIONS", "MANY_STRIDED_POSITIONS"):
+    for name in ("MANY_POSITIONS", "MANY_STRIDED_POSITIONS", "MANY_WIDE_POSITIONS"):
         monkeypatch.setattr(depthwise, name, dict.fromkeys(depthwise.MANY_POSITIONS, 0))
     monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
 
@@ -560,6 +560,8 @@ def test_compiled_for_another_device_any_number_of_planes_has_one_graph(training
         (3, 2, 1, 3, False, True, True),
         (1, 1, 0, 1, False, False, False),
         (5, 1, 2, 5, False, True, True),
+        (5, 1, 2, 11, False, True, True),
+        (5, 1, 2, 12, True, True, True),
         (5, 2, 2, 2, True, True, True),  # one row, two of zeros above
     ],
 )
