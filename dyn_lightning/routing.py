@@ -100,8 +100,9 @@ def pooled(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     check_batched(x.shape)
-    # Its gradient stays a view of (B, C) numbers; that of x.mean is as large as the map.
-    wide = torch.promote_types(x.dtype, torch.float32)
+    # Its gradient stays a view of (B, C) numbers; that of x.mean is as large as the map, and that of a sum of another
+    # type than the map's. The sum of float16 could exceed its range.
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
     return (x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 

@@ -15,7 +15,7 @@ from dyn_lightning.per_sample.tracing import in_export, is_watched
 # Numbers of a sample's input and output from which on, in channels_last, each sample has a convolution of its own: the
 # samples as groups cannot keep that layout, since their channels would have to lie one after the other, and as groups
 # depthwise convolutions are slow besides.
-LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 150_000, 1 << 16
+LARGE_MAPS, LARGE_DEPTHWISE_MAPS = 300_000, 1 << 16
 
 
 def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:

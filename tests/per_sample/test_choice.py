@@ -254,8 +254,8 @@ class TestMemory:
             ((8, 64, 20, 20), (4, 64, 1, 3, 3), {"padding": 1, "groups": 64}, 10**6),
             ((8, 64, 20, 20), (4, 64, 64, 1, 1), {}, 10**6),
             ((8, 16, 40, 40), (4, 64, 16, 1, 1), {"stride": 2}, 237_568),
-            ((2, 64, 40, 40), (32, 64, 64, 3, 3), PADDED, 4 * 10**6),  # a convolution for each sample
-            ((8, 64, 40, 40), (4, 64, 64, 3, 3), PADDED, 8 * 10**6),
+            ((2, 64, 56, 56), (32, 64, 64, 3, 3), PADDED, 6 * 10**6),  # a convolution for each sample
+            ((8, 64, 56, 56), (4, 64, 64, 3, 3), PADDED, 40 * 10**6),
         ],
     )
     def test_channels_last_takes_no_more(

@@ -118,8 +118,8 @@ class TestEachSampleByItself:
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((2, 96, 28, 28), 2),  # 150,528 numbers
-        ((2, 95, 28, 28), 1),
+        ((2, 96, 40, 40), 2),  # 307,200 numbers
+        ((2, 91, 40, 40), 1),
         ((1, 96, 56, 56), 1),
     ],
 )

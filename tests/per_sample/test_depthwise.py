@@ -664,7 +664,7 @@ class TestCompiling:
         ((2, 16, 7, 6), (32, 1, 3, 5), torch.channels_last),
         ((2, 16, 3, 2), (32, 1, 5, 6), torch.channels_last),  # to one pixel
         ((2, 4, 7, 6), (12, 4, 3, 5), torch.channels_last),
-        ((2, 64, 40, 40), (128, 64, 3, 5), torch.channels_last),  # a convolution for each sample
+        ((2, 64, 56, 56), (128, 64, 3, 5), torch.channels_last),  # a convolution for each sample
     ],
 )
 def test_is_a_well_formed_operation(input: tuple[int, ...], kernels: tuple[int, ...], layout: Any) -> None:
