@@ -14,9 +14,8 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.convolution import convolve, gradients
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import empty_map, is_channels_last
+from dyn_lightning.per_sample.layout import empty_map, empty_output, is_channels_last
 from dyn_lightning.per_sample.methods import (
-    empty_output,
     mixing_operation,
     multiplies,
     unfolded,
@@ -72,7 +71,7 @@ def chunk_size(input: Tensor, weight: Tensor, geometry: Geometry, limit: int) ->
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, limit: int) -> Tensor:
     compute, _ = _passes(weight, geometry)
     flat = weight.flatten(1)
-    output = empty_output(input, weight, geometry)
+    output = empty_output(input, weight.shape[1], weight, geometry)
     for some, these, columns in _chunks(input, weight, *chunk_size(input, weight, geometry, limit)):
         kernels = (routing[some] @ flat[:, columns]).view(-1, *weight[0, these].shape)
         compute(input[some], kernels, geometry, output[some, these])

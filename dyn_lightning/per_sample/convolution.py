@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dyn_lightning.per_sample import depthwise
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import format_of, is_channels_last
+from dyn_lightning.per_sample.layout import empty_output, format_of, is_channels_last
 from dyn_lightning.per_sample.operation import operation
 from dyn_lightning.per_sample.tracing import in_export, is_watched
 
@@ -88,7 +88,7 @@ def _of_one(kernels: Tensor, input: Tensor) -> tuple[int, ...]:
 
 
 def _singly(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    output = depthwise.empty_output(input, kernels, geometry)
+    output = _empty(input, kernels, geometry)
     samples = zip(input.split(1), kernels.split(len(kernels) // len(input)), output.split(1), strict=True)
     for sample, its_kernels, place in samples:
         place.copy_(F.conv2d(sample, its_kernels, None, *geometry))
@@ -145,10 +145,12 @@ def _backward(grad: Tensor, input: Tensor, kernels: Tensor, geometry: Geometry, 
     return [gradient for gradient in found if gradient is not None]
 
 
+def _empty(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    return empty_output(input, kernels.shape[0] // input.shape[0], kernels, geometry)
+
+
 def _multiply_adds(input: torch.Size, kernels: torch.Size, geometry: Geometry) -> tuple[int, int]:
     return 0, kernels.numel() * math.prod(positions(input, kernels, geometry))
 
 
-_convolve = operation(
-    "convolve", ("input", "kernels"), _forward, _backward, _as_groups, depthwise.empty_output, _multiply_adds
-)
+_convolve = operation("convolve", ("input", "kernels"), _forward, _backward, _as_groups, _empty, _multiply_adds)

@@ -1,5 +1,5 @@
-// Depthwise convolution and its gradients, of maps that lie plane by plane (a channel of a sample), and of those that lie
-// pixel by pixel, with their channels side by side.
+// Depthwise convolution and its gradients, of maps that lie plane by plane (a channel of a sample), and of those that
+// lie pixel by pixel, with their channels side by side.
 
 #include <algorithm>
 #include <cstdint>

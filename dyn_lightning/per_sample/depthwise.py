@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import empty_map, format_of, layout_of
+from dyn_lightning.per_sample.layout import empty_output, format_of, layout_of
 from dyn_lightning.per_sample.native import is_compiled, library
 from dyn_lightning.per_sample.tracing import remembered
 
@@ -117,7 +117,7 @@ _found = remembered(is_faster)  # on small maps each call in Python would be see
 
 def forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Compute what ``is_ours``."""
-    output = empty_output(input, kernels, geometry)
+    output = empty_output(input, kernels.shape[0] // input.shape[0], kernels, geometry)
     _call("forward", geometry, output, input, kernels.contiguous())
     return output
 
@@ -130,12 +130,6 @@ def backward(
     found = [torch.empty_like(of) if needed else None for of, needed in zip((input, kernels), wanted, strict=True)]
     _call("backward", geometry, grad, input, kernels, *found)
     return found[0], found[1]
-
-
-def empty_output(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Give memory for the output of ``convolution.convolve``."""
-    samples = input.shape[0]
-    return empty_map(input, (samples, kernels.shape[0] // samples, *positions(input.shape, kernels.shape, geometry)))
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.tracing import in_function_transform
 
 
@@ -27,3 +28,8 @@ def format_of(input: Tensor) -> torch.memory_format:
 def empty_map(input: Tensor, size: tuple[int, ...]) -> Tensor:
     """Give memory for a map of a size, in the format that a convolution of the input has."""
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=format_of(input))
+
+
+def empty_output(input: Tensor, out_channels: int, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """Give memory for the output of a convolution with ``(..., kH, kW)`` kernels."""
+    return empty_map(input, (input.shape[0], out_channels, *positions(input.shape, kernels.shape, geometry)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.convolution import convolve, is_convolved_singly
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import empty_map, is_channels_last
+from dyn_lightning.per_sample.layout import empty_output, is_channels_last
 from dyn_lightning.per_sample.operation import operation
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
@@ -111,7 +111,7 @@ def mixing_operation(name: str, forward: Callable[..., Tensor], backward: Callab
         forward,
         backward,
         grouped,
-        lambda input, routing, weight, geometry: empty_output(input, weight, geometry),
+        lambda input, routing, weight, geometry: empty_output(input, weight.shape[1], weight, geometry),
         _multiply_adds,
     )
 
@@ -119,8 +119,3 @@ def mixing_operation(name: str, forward: Callable[..., Tensor], backward: Callab
 def _multiply_adds(input: torch.Size, routing: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[int, int]:
     mixed = input[0] * math.prod(weight[1:])
     return mixed * weight[0], mixed * math.prod(positions(input, weight, geometry))
-
-
-def empty_output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Give memory for the output."""
-    return empty_map(input, (input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)))

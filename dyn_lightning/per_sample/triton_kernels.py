@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.methods import empty_output, mixing_operation
+from dyn_lightning.per_sample.layout import empty_output
+from dyn_lightning.per_sample.methods import mixing_operation
 
 CHANNELS, POSITIONS = 32, 64  # of a tile
 
@@ -139,7 +140,7 @@ def _kernel_grads_kernel(
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    output = empty_output(input, weight, geometry)
+    output = empty_output(input, weight.shape[1], weight, geometry)
     sizes, options = _sizes(input, weight, geometry), _options(input, weight)
     # A GPU's first axis alone has room for more than 65,535, as the tiles of large maps are.
     grid = (triton.cdiv(output[0, 0].numel(), POSITIONS), len(input), geometry.groups * triton.cdiv(sizes[2], CHANNELS))
