@@ -56,24 +56,26 @@ def dynamic_conv2d(
         method: ``"grouped"`` mixes the kernels and puts the batch into the groups of one convolution, ``"matmul"``
             mixes the kernels and multiplies them with the (unfolded) input, ``"mixture"`` convolves with all K kernels
             and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
-            pass again, ``"triton"`` mixes tiles of the kernels where they are used (CUDA). ``"auto"`` chooses one by a
-            model of their costs (``choose_method``), ``"benchmark"`` times them once a shape (``"auto"`` while
+            pass again, ``"cpp"`` and ``"triton"`` mix blocks of the kernels where they are used, in C++ (on a CPU, of
+            one group, in float32 from 16 channels on, in float64 from 8) and in Triton (CUDA). ``"auto"`` chooses one
+            by a model of their costs (``choose_method``), ``"benchmark"`` times them once a shape (``"auto"`` while
             compiling), so a DDP rank, or a run that goes on, may take another than the others or the first did. All
             give the same value and the same gradients, up to rounding.
         max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
-            unfolded input, for maps in another layout or for the outputs of K kernels, with their gradients. Where a
-            method would need more, they take another, at last ``"chunked"``, whose chunks keep to it down to one sample
-            and 64 output channels (32 in products; or all, with groups). Not counted: what a convolution takes for a
-            layout of its own (of a library all maps, in our depthwise one three padded channels' in each thread), and
-            what second derivatives, forward mode, function transforms, ``torch.jit.trace`` and complex numbers take,
-            for which ``"chunked"`` and ``"triton"`` mix all kernels at once.
+            unfolded input, for maps or the K kernels in another layout or for the outputs of K kernels, with their
+            gradients. Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it
+            down to one sample and 64 output channels (32 in products; or all, with groups). Not counted: what a
+            convolution takes for a layout of its own (of a library all maps, in our depthwise one three padded
+            channels' in each thread), and what second derivatives, forward mode, function transforms,
+            ``torch.jit.trace`` and complex numbers take, for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all
+            kernels at once.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
 
     Raises:
         ValueError: shapes, types or devices of input, routing and weight disagree, a size but B is 0, the kernel is
-            larger than the padded input, or the method does not exist or cannot run on the input's device.
+            larger than the padded input, or the method does not exist or does not serve (``"cpp"``, ``"triton"``).
 
     Example:
         >>> x, routing, weight = torch.randn(2, 4, 7, 6), torch.rand(2, 3), torch.randn(3, 6, 4, 3, 3)
@@ -144,8 +146,8 @@ def choose_method(
 ) -> str:
     """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
 
-    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and, of depthwise
-    convolutions, on whether there is a compiler for our C++: ranks on equal machines take the same.
+    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and on whether
+    there is a compiler for our C++: ranks on equal machines take the same.
 
     Args:
         input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.
@@ -158,7 +160,7 @@ def choose_method(
         max_mixed_bytes: as in ``dynamic_conv2d``.
 
     Returns:
-        ``"grouped"``, ``"matmul"``, ``"mixture"`` or ``"chunked"``.
+        ``"grouped"``, ``"matmul"``, ``"mixture"``, ``"chunked"`` or ``"cpp"``.
 
     Raises:
         ValueError: as in ``dynamic_conv2d``.

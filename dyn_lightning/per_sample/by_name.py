@@ -9,6 +9,7 @@ from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunked, chunked_rows
 from dyn_lightning.per_sample.geometry import Geometry
 from dyn_lightning.per_sample.methods import Method, grouped, matmul, mixture
+from dyn_lightning.per_sample.mixed import cpp
 
 
 def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "matmul": matmul,
     "mixture": mixture,
     "chunked": chunked,
+    "cpp": cpp,
     "triton": triton,
 }
 

@@ -8,6 +8,7 @@ import torch
 from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.methods import mixes_rows, multiplies
+from dyn_lightning.per_sample.mixed import numbers_held, why_not
 from dyn_lightning.per_sample.reduction import Plan
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
@@ -56,6 +57,10 @@ class Case(NamedTuple):
         layout = "channels_last" if self.channels_last else "contiguous"
         return is_faster(self.input, kernels, self.geometry, self.dtype, self.training, within, layout)
 
+    def is_mixed_in_cpp(self) -> bool:
+        """Whether our C++ can compute it with kernels that it mixes block by block."""
+        return not why_not(self.weight, self.geometry, self.dtype, self.device)
+
     def unfolds(self) -> bool:
         """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""
         most = max(SMALL_MAP, SMALL_PART * self.weight[1])
@@ -98,7 +103,7 @@ class Case(NamedTuple):
         return self.patches() if self.is_product() else self.patches() + math.prod(self.input)
 
     def held(self) -> dict[str, int]:
-        """Numbers that each method of torch's own operations holds at once, beside input, kernels and output."""
+        """Numbers that each method but chunks holds at once, beside input, kernels and output."""
         pixels, outputs, mixed = math.prod(self.input), self.outputs(), self.mixed_weights()
         copied = 0 if self.dense else pixels  # by whatever wants a layout
         unfolded = self.held_unfolded()
@@ -108,12 +113,13 @@ class Case(NamedTuple):
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied
+        cpp = numbers_held(self.weight, self.training) + (0 if self.channels_last else pixels + outputs)
         if not self.channels_last or self.is_ours():
-            return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture}
+            return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture, "cpp": cpp}
         # What comes out contiguous is copied; a product's K kernels are transposed.
         again = outputs if not self.is_product() else math.prod(self.weight) if self.training else 0
         grouped = mixed + min(mixed, math.prod(self.weight)) + pixels + outputs  # all K, to be mixed in this layout
-        return {"grouped": grouped, "matmul": mixed + unfolded + again, "mixture": mixture}
+        return {"grouped": grouped, "matmul": mixed + unfolded + again, "mixture": mixture, "cpp": cpp}
 
 
 def case_of(

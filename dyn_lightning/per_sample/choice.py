@@ -8,7 +8,7 @@ import torch
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
-from dyn_lightning.per_sample.tracing import in_strict_export
+from dyn_lightning.per_sample.tracing import in_export, in_strict_export
 
 # Where freed memory is not kept, a larger tensor than about this is fetched from the system, page by page, each time,
 # and chunks are faster. With a backward pass they mix the kernels twice, K multiply-adds a weight: from so many bytes
@@ -21,14 +21,25 @@ MANY_WEIGHTS = 2_000_000
 
 
 class Costs(NamedTuple):
-    """Picoseconds of each part of the work, where kernels are mixed first and where the outputs of all are mixed."""
+    """Picoseconds of each part of the work: of mixing the kernels first, of mixing all kernels' outputs, of our C++."""
 
     mixed_first: tuple[float, ...]
     mixture: tuple[float, ...]
+    cpp: tuple[float, ...] = ()
 
-    def prefer_mixture(self, case: Case) -> bool:
-        """Tell whether convolving with all K kernels costs less than mixing them first."""
-        return _sum(self.mixture, mixture_work(case)) < _sum(self.mixed_first, mixed_first_work(case))
+    def best(self, case: Case, first: str, within: list[str]) -> str:
+        """Name the method with the least cost, of those that hold no more than is allowed.
+
+        Args:
+            case: what is to be computed.
+            first: the fastest method that mixes the kernels first.
+            within: names of the methods that hold no more than is allowed.
+        """
+        costs = {first: _sum(self.mixed_first, mixed_first_work(case))}
+        for name, numbers, work in (("mixture", self.mixture, mixture_work), ("cpp", self.cpp, cpp_work)):
+            if name in within:
+                costs[name] = _sum(numbers, work(case))
+        return min(costs, key=lambda name: costs[name])
 
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
@@ -42,6 +53,12 @@ def mixture_work(case: Case) -> tuple[int, ...]:
     return kernels * case.multiply_adds(), math.prod(case.weight), kernels * case.outputs(), 1
 
 
+def cpp_work(case: Case) -> tuple[int, ...]:
+    """Count the same as where all kernels are mixed first, and numbers of maps that are copied into channels_last."""
+    copied = 0 if case.channels_last else math.prod(case.input) + case.outputs()
+    return *mixed_first_work(case), copied
+
+
 def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
     return sum(cost * count for cost, count in zip(costs, work, strict=True))
 
@@ -51,10 +68,10 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16,
 # freed memory kept; where it is not, they decide small maps alone, for which none is fetched.
 CPU_COSTS = {
-    (True, True): Costs((1320, 25.4, 22.3, 209e6), (28.5, 352, 1820, 523e6)),
-    (True, False): Costs((392, 10.1, 6.8, 39.9e6), (10, 135, 398, 134e6)),
-    (False, True): Costs((831, 98.7, 19.2, 0), (20.8, 494, 257, 1200e6)),
-    (False, False): Costs((253, 26.4, 5.3, 40.6e6), (5.59, 189, 294, 723e6)),
+    (True, True): Costs((3140, 20.3, 21.1, 116e6), (39.9, 647, 2290, 434e6), (255, 265, 38.1, 765e6, 2270)),
+    (True, False): Costs((1160, 14.3, 6.12, 17.9e6), (23.4, 155, 626, 96.7e6), (0, 57.2, 15.4, 63.5e6, 272)),
+    (False, True): Costs((5010, 26.3, 22.4, 0), (55.4, 1180, 0, 1910e6), (40.5, 593, 14.8, 556e6, 890)),
+    (False, False): Costs((1580, 17.3, 4.46, 0), (21.1, 399, 545, 320e6), (2.46, 56.6, 8.17, 47.3e6, 631)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
@@ -76,13 +93,13 @@ def choose(case: Case) -> str:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
     first = first if first in within else "chunked"
-    if case.is_depthwise() or "mixture" not in within:
+    if case.is_depthwise():
         return first
     if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
         many = not case.training and math.prod(case.weight) >= MANY_WEIGHTS
         return "mixture" if many and case.geometry.groups == 1 == case.positions() else first
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
-    return "mixture" if costs[case.is_product(), case.training].prefer_mixture(case) else first
+    return costs[case.is_product(), case.training].best(case, first, within)
 
 
 def mixed_first(case: Case) -> str:
@@ -97,8 +114,8 @@ def mixed_first(case: Case) -> str:
 
 def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
-    if case.keeps_memory or case.is_ours():
-        return False  # chunks save fetching memory from the system, and mix a second time
+    if case.keeps_memory or case.is_ours() or in_export():
+        return False  # chunks save fetching memory from the system, and mix a second time; others have no chunks
     mixed = case.bytes_of(case.mixed_weights())
     # A product reads and writes the maps where they belong.
     maps = [0, 0] if case.is_product() else [case.bytes_of(n) for n in (math.prod(case.input), case.outputs())]
@@ -118,4 +135,6 @@ def multiplies_one(case: Case) -> bool:
 def methods_within(case: Case) -> list[str]:
     """Name the methods that hold no more than is allowed; chunks can always be small enough."""
     found = [name for name, numbers in case.held().items() if case.bytes_of(numbers) <= case.allowed()]
+    if "cpp" in found and (in_export() or not case.is_mixed_in_cpp()):  # others run exports without us
+        found.remove("cpp")
     return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]

@@ -4,19 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
-namespace {
+#include "vectors.h"
 
-// Of the processor's vectors; wider ones would be taken apart by way of the memory.
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
+namespace {
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, channels, height, width, rows, columns, kernel_rows, kernel_columns, down, right, above, left,
@@ -33,23 +25,6 @@ struct BFloat16 {
 
 template <typename Pixel> struct Computed { using Number = Pixel; };
 template <> struct Computed<BFloat16> { using Number = float; };
-template <typename Number> constexpr int LANES = BYTES / sizeof(Number);
-template <typename Number> struct Vectors {
-  typedef Number Vector __attribute__((vector_size(BYTES)));
-  typedef Number Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(Number)), may_alias));
-};
-template <typename Number> using Vector = typename Vectors<Number>::Vector;
-
-template <typename Number> using IfNumber = std::enable_if_t<std::is_arithmetic<Number>::value>;
-
-template <typename Number, typename = IfNumber<Number>> inline Vector<Number> load(const Number *from) {
-  return *(const typename Vectors<Number>::Unaligned *)from;
-}
-
-template <typename Number, typename = IfNumber<Number>> inline void store(Vector<Number> vector, Number *to) {
-  *(typename Vectors<Number>::Unaligned *)to = vector;
-}
-
 typedef uint32_t Bits __attribute__((vector_size(BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
 typedef uint16_t UnalignedHalves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));

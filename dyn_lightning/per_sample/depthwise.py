@@ -7,15 +7,14 @@ it would need a call for each sample, since the channels of several cannot be gr
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, format_of, layout_of
-from dyn_lightning.per_sample.native import is_compiled, library
+from dyn_lightning.per_sample.native import function, is_compiled
 from dyn_lightning.per_sample.tracing import remembered
 
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
@@ -135,19 +134,11 @@ def backward(
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
     """Call a function of the library, which takes dense tensors, with an output or its gradient first."""
     last = not input.is_contiguous()
-    function = _function(f"{name}_last" if last else name, input.dtype)
     sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last)
     places = [None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)]
     if 0 in places:
         raise RuntimeError(f"input of shape {tuple(input.shape)}, its kernels or its output have no memory (anymore)")
-    function(sizes, *places)
-
-
-@remembered
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    function.argtypes = [ctypes.c_void_p] * (6 if name.startswith("backward") else 4)
-    return cast(Callable[..., None], function)
+    function(f"{name}_last" if last else name, input.dtype, 1 + len(places))(sizes, *places)
 
 
 @remembered

@@ -1,4 +1,4 @@
-"""The C++ of depthwise convolutions, compiled where it is first used."""
+"""Our C++, compiled where it is first used."""
 
 import contextlib
 import ctypes
@@ -13,11 +13,17 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import torch
 
-SOURCE = Path(__file__).with_name("depthwise.cpp")
+from dyn_lightning.per_sample.tracing import remembered
+
+SOURCES = [Path(__file__).with_name(name) for name in ("depthwise.cpp", "mixed.cpp")]
+HEADER = Path(__file__).with_name("vectors.h")
 # By what torch says of the processor, so that machines of several kinds can share a folder.
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
@@ -27,7 +33,7 @@ FLAGS = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Compile the functions of ``depthwise.cpp``, if that was not done before, and load them.
+    """Compile the functions of our C++, if that was not done before, and load them.
 
     The compiler is what the variable CXX names, otherwise g++; the folder is ``dyn_lightning`` in that of
     XDG_CACHE_HOME, otherwise in ``~/.cache``.
@@ -40,22 +46,30 @@ def library() -> ctypes.CDLL | None:
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
         if shutil.which(compiler[0]) is None:
-            logging.getLogger(__name__).info("depthwise convolutions are slower: no compiler %s", compiler[0])
+            logging.getLogger(__name__).info("dynamic convolutions are slower: no compiler %s", compiler[0])
             return None
         capability = torch.backends.cpu.get_cpu_capability()
         command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fopenmp", *FLAGS.get(capability, [])]
-        of = [SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), capability]
-        version = hashlib.sha256("\n".join(of).encode()).hexdigest()[:16]
+        texts = [path.read_text(encoding="utf-8") for path in (HEADER, *SOURCES)]
+        version = hashlib.sha256("\n".join([*texts, *command, platform.machine(), capability]).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn_lightning"
-        path = folder / f"{SOURCE.stem}-{version}.so"
+        path = folder / f"per_sample-{version[:16]}.so"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _compile(command, compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         text = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        warnings.warn(f"depthwise convolutions are slower: {SOURCE.name} could not be compiled: {text}", stacklevel=2)
+        warnings.warn(f"dynamic convolutions are slower: our C++ could not be compiled: {text}", stacklevel=2)
         return None
+
+
+@remembered
+def function(name: str, dtype: torch.dtype, count: int) -> Callable[..., None]:
+    """Give a function of the library for a type of numbers, which takes so many addresses or None."""
+    found = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    found.argtypes = [ctypes.c_void_p] * count
+    return cast(Callable[..., None], found)
 
 
 @torch.compiler.assume_constant_result
@@ -70,11 +84,13 @@ def _compile(command: list[str], linker: list[str], path: Path) -> None:
     Other processes may do the same at the same time: the first one's stays, since others may run it already.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part, whole = f"{folder}/part.o", f"{folder}/whole.so"
+        parts, whole = [f"{folder}/{source.stem}.o" for source in SOURCES], f"{folder}/whole.so"
         run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120)
-        run([*command, "-c", str(SOURCE), "-o", part])
+        jobs = [[*command, "-c", str(source), "-o", part] for source, part in zip(SOURCES, parts, strict=True)]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(run, jobs))  # raises what one of them raised
         # Without OpenMP's library: the one that torch has loaded serves, and its threads.
-        run([*linker, "-shared", part, "-o", whole])
+        run([*linker, "-shared", *parts, "-o", whole])
         ctypes.CDLL(whole)
         with contextlib.suppress(FileExistsError):
             os.link(whole, path)

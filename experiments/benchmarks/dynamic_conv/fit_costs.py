@@ -10,6 +10,7 @@ single time of tens of microseconds may be off by a tenth.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import geometric_mean
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import minimize, nnls
-from scipy.special import expit
+from scipy.special import softmax
 
 from dyn_lightning.per_sample.case import Case, case_of
 from dyn_lightning.per_sample.choice import (
     Costs,
     choose,
+    cpp_work,
     methods_within,
     mixed_first,
     mixed_first_work,
@@ -32,6 +34,8 @@ from dyn_lightning.per_sample.choice import (
 from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 
+# What the costs choose from beside the fastest way to mix the kernels first, and what there is to do in each.
+NAMES, WORKS = ("mixture", "cpp"), (mixed_first_work, mixture_work, cpp_work)
 # A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in this
 # unit. And what it costs to move the numbers away from the lines, which keeps those that no choice depends on.
 UNSURE, STAY = 0.1, 1e-3
@@ -62,33 +66,38 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
 
 
 def is_open(case: Case) -> bool:
-    """Tell whether the choice is between mixing the kernels and mixing the outputs."""
+    """Tell whether the choice is made by costs."""
     return case.input[0] > 1 and not case.is_depthwise() and "mixture" in methods_within(case)
 
 
 def fit(results: list[Result]) -> Costs:
     """Fit one kind of layer and job: the line of each way, then all numbers so that little time is lost by choices."""
-    mixing, last = (np.array([work(case) for case, *_ in results]) for work in (mixed_first_work, mixture_work))
-    gain = np.log([times["mixture"] / times[first] for _, first, times in results])  # by mixing first
-    start = np.concatenate(lines(results))
-    half = len(start) // 2
+    designs = [np.array([work(case) for case, *_ in results]) for work in WORKS]
+    starts = [np.array(numbers) for numbers in lines(results)]
+    ends = np.cumsum([len(start) for start in starts])
+    times = np.array([[times.get(name, math.inf) for name in (first, *NAMES)] for _, first, times in results])
+    over = np.log(np.where(np.isinf(times), 1, times / times.min(1, keepdims=True)))
 
     def lost(shifts: np.ndarray) -> float:
-        costs = start * np.exp(shifts)
-        expected = np.log(last @ costs[half:] / (mixing @ costs[:half]))
-        wrong = expit(-np.sign(gain) * expected / UNSURE)
-        return float(np.mean(np.abs(gain) * wrong) + STAY * shifts @ shifts)
+        parts = np.split(shifts, ends[:-1])
+        expected = np.stack(
+            [design @ (start * np.exp(part)) for design, start, part in zip(designs, starts, parts, strict=True)], 1
+        )
+        chances = softmax(np.where(np.isinf(times), -np.inf, -np.log(expected) / UNSURE), axis=1)
+        return float(np.mean(np.sum(chances * over, axis=1)) + STAY * shifts @ shifts)
 
-    costs = (start * np.exp(minimize(lost, np.zeros(len(start)), tol=1e-8).x)).tolist()
-    return Costs(tuple(costs[:half]), tuple(costs[half:]))
+    shifts = np.split(minimize(lost, np.zeros(ends[-1]), tol=1e-8).x, ends[:-1])
+    return Costs(*(tuple((start * np.exp(part)).tolist()) for start, part in zip(starts, shifts, strict=True)))
 
 
 def lines(results: list[Result]) -> Costs:
     """Fit the times of each way alone, by least squares of the relative error, with no negative number."""
-    mixing = [(mixed_first_work(case), times[first]) for case, first, times in results]
-    last = [(mixture_work(case), times["mixture"]) for case, _, times in results]
     numbers = []
-    for pairs in (mixing, last):  # a picosecond is 1e-9 of the milliseconds that were measured
+    for place, work in enumerate(WORKS):
+        pairs = [
+            (work(case), times[name]) for case, first, times in results if (name := (first, *NAMES)[place]) in times
+        ]
+        # A picosecond is 1e-9 of the milliseconds that were measured.
         design = np.array([[number / time * 1e-9 for number in work] for work, time in pairs])
         numbers.append(tuple(nnls(design, np.ones(len(design)))[0].tolist()))
     return Costs(*numbers)
@@ -110,7 +119,7 @@ def main(paths: list[str]) -> None:
         rounded = ", ".join(f"({', '.join(f'{number:.3g}' for number in numbers)})" for numbers in costs)
         print(f"{kind}: Costs({rounded}),  # {len(these)} cases, but for")
         for case, first, times in these:
-            chosen = "mixture" if costs.prefer_mixture(case) else first
+            chosen = costs.best(case, first, methods_within(case))
             best = min(times[name] for name in times if name not in ("static", "timm"))
             if times[chosen] > 1.1 * best:
                 rounded = {name: round(time, 2) for name, time in times.items()}

@@ -18,6 +18,8 @@ from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d
+from dyn_lightning.per_sample.geometry import Geometry
+from dyn_lightning.per_sample.mixed import why_not
 from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.networks import NETWORKS, head, names
 from experiments.benchmarks.timing import interleaved
@@ -90,7 +92,9 @@ def measure_layer(
             torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     with torch.set_grad_enabled(training):
-        functions = {name: partial(compute, name) for name in names(options)}
+        case = (stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
+        also = [] if why_not(*case, options.device.type) else ["cpp"]
+        functions = {name: partial(compute, name) for name in [*names(options), *also]}
         times = interleaved(functions, options.rounds, options.device, patience=4, least_ms=5)
         peaks = {name: round(peak_bytes(function, options.device) / 2**20, 3) for name, function in functions.items()}
     return times, peaks, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
@@ -99,7 +103,7 @@ def measure_layer(
 def layers(options: Any) -> list[dict[str, Any]]:
     """Measure every layer shape at every job, and say how good the choices are."""
     results = []
-    columns = names(options)[1:]
+    columns = [*names(options)[1:], *(["cpp"] if options.device.type == "cpu" else [])]
     for job, (batch, training) in JOBS.items():
         if job not in options.jobs:
             continue
@@ -110,7 +114,9 @@ def layers(options: Any) -> list[dict[str, Any]]:
             if options.shapes and shape not in options.shapes:
                 continue
             times, peaks, chosen = measure_layer(shape, batch, training, options)
-            ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in columns)
+            ratios = "".join(
+                f"{times[name] / times['static']:9.2f}" if name in times else f"{'':9}" for name in columns
+            )
             print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
             about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": networks}
             about["kernel"] = _seen(shape, batch, training, options)

@@ -1,0 +1,423 @@
+// Convolution with kernels mixed for each sample, and its gradients, of maps that lie pixel by pixel. Of the mixed
+// kernels there is one block at a time, of some input and output channels at one place of the kernel: it is mixed into
+// a near cache, multiplied with whole maps, and forgotten.
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+// Input channels and output channels of a block. Its products, each a number times a vector, are summed in registers:
+// of the most vectors SUMS sums at once, of fewer MORE_SUMS.
+constexpr int64_t BLOCK = 64;
+constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
+constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
+// What fits into the nearest cache, of positions of a map and of rows of some samples' blocks; bytes of maps that fit
+// into the next one, and into the part of the last one that a thread can count on.
+constexpr int64_t NEAR_POSITIONS = 64, NEAR_ROWS = 16, NEXT = 1 << 19, LAST = 1 << 22;
+
+struct Sizes {  // in the order in which Python gives them
+  int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
+      right, above, left, dilation_rows, dilation_columns, parts, threads;
+};
+
+struct Range {
+  int64_t first, last;
+  int64_t length() const { return last - first; }
+};
+
+// Parts of at most so many, as equal as can be in units; the last, which may end within a unit, has the most units.
+std::vector<Range> parts_of(int64_t length, int64_t most, int64_t unit = 1) {
+  const int64_t units = (length + unit - 1) / unit, count = (units * unit + most - 1) / most;
+  std::vector<Range> parts;
+  for (int64_t p = 0; p < count; p++)
+    parts.push_back({units * p / count * unit, std::min(units * (p + 1) / count * unit, length)});
+  return parts;
+}
+
+// One place of a kernel: where the output has positions at which it sees a pixel, and where the first of these lies.
+struct Tap {
+  Range rows, columns;
+  int64_t row, column;
+};
+
+// The outputs o in [0, outputs) for which o * step + shift is in [0, inputs).
+Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
+  const int64_t first = shift < 0 ? (-shift + step - 1) / step : 0;
+  const int64_t last = shift < inputs ? (inputs - 1 - shift) / step + 1 : 0;
+  return {first, std::max(first, std::min(last, outputs))};
+}
+
+// Numbers, each of which is multiplied with a row of vectors: lines of so many for each sum, and how far one is from
+// the next sum's, from the next of the same sum, and from the next line's.
+template <typename Number> struct Numbers {
+  const Number *begin;
+  int64_t sum, next, line;
+};
+
+// Rows of vectors, which lie so far apart, and so far from the next line's.
+template <typename Number> struct Rows {
+  const Number *begin;
+  int64_t next, line;
+};
+
+struct Extent {
+  int64_t lines, length, width;
+};
+
+// Add to N sums of M vectors, which lie `step` apart; the last vector may overlap with the one before. Unrolled early:
+// otherwise the compiler gives the sums a place in memory too.
+template <typename Number, int N, int M>
+void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Number *sums, int64_t step) {
+  const auto place = [&](int m) { return m < M - 1 ? m * LANES<Number> : extent.width - LANES<Number>; };
+  Vector<Number> total[N][M];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) total[n][m] = load(sums + n * step + place(m));
+  for (int64_t l = 0; l < extent.lines; l++, numbers.begin += numbers.line, rows.begin += rows.line) {
+    const Number *number = numbers.begin, *row = rows.begin;
+    for (int64_t i = 0; i < extent.length; i++, number += numbers.next, row += rows.next) {
+      Vector<Number> vectors[M];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) vectors[m] = load(row + place(m));
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) total[n][m] += number[n * numbers.sum] * vectors[m];
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) store(total[n][m], sums + n * step + place(m));
+}
+
+template <typename Number> using Add = void (*)(Numbers<Number>, Rows<Number>, Extent, Number *, int64_t);
+
+template <typename Number, int M, int... N> Add<Number> of_vectors(int64_t sums, std::integer_sequence<int, N...>) {
+  static const Add<Number> all[] = {add_products<Number, N + 1, M>...};
+  return all[sums - 1];
+}
+
+// By how many sums there are, of how many numbers.
+template <typename Number> Add<Number> adding(int64_t sums, int64_t width) {
+  const int64_t vectors = (width + LANES<Number> - 1) / LANES<Number>;
+  const auto most = std::make_integer_sequence<int, SUMS>();
+  const auto more = std::make_integer_sequence<int, MORE_SUMS>();
+  if (VECTORS == 4 && vectors == 4) return of_vectors<Number, 4>(sums, most);
+  if (VECTORS == 4 && vectors == 3) return of_vectors<Number, 3>(sums, more);
+  if (VECTORS == 4 && vectors == 2) return of_vectors<Number, 2>(sums, more);
+  return vectors == 2 ? of_vectors<Number, 2>(sums, most) : of_vectors<Number, 1>(sums, more);
+}
+
+template <typename Number> int64_t sums_of(int64_t width) {
+  return width > (VECTORS - 1) * LANES<Number> ? SUMS : MORE_SUMS;
+}
+
+// Call with a number of samples that the compiler knows.
+template <typename Function> void for_samples(int64_t count, Function function) {
+  static_assert(TOGETHER == 4, "a case for each");
+  if (count == 4) function(std::integral_constant<int, 4>());
+  if (count == 3) function(std::integral_constant<int, 3>());
+  if (count == 2) function(std::integral_constant<int, 2>());
+  if (count == 1) function(std::integral_constant<int, 1>());
+}
+
+template <typename Number> class Mixed {
+  static constexpr int LANES = ::LANES<Number>;
+
+  const Sizes &z;
+  const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
+  const int64_t count = z.kernel_rows * z.kernel_columns, weights = count * z.in_channels * z.out_channels;
+  std::vector<Tap> taps;
+
+ public:
+  explicit Mixed(const Sizes &sizes) : z(sizes) {
+    for (int64_t i = 0; i < z.kernel_rows; i++)
+      for (int64_t j = 0; j < z.kernel_columns; j++) {
+        const int64_t down = i * z.dilation_rows - z.above, right = j * z.dilation_columns - z.left;
+        const Range rows = meeting(z.rows, z.height, z.down, down);
+        const Range columns = meeting(z.columns, z.width, z.right, right);
+        taps.push_back({rows, columns, rows.first * z.down + down, columns.first * z.right + right});
+      }
+  }
+
+  // From input to output, or back from the output's gradient to the input's.
+  void convolve(const Number *from, const Number *routing, const Number *weight, Number *to, bool back) const {
+    const int64_t deep = back ? z.out_channels : z.in_channels, wide = back ? z.in_channels : z.out_channels;
+    const int64_t read = (back ? outputs : inputs) * deep, written = (back ? inputs : outputs) * wide;
+    const auto blocks = parts_of(wide, BLOCK, LANES), depths = parts_of(deep, BLOCK);
+    // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
+    // There must be groups enough for all threads.
+    const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
+    const int64_t fitting = room / int64_t(sizeof(Number)) / (read + written);
+    const int64_t groups = (z.threads + used - 1) / used, share = (z.samples + groups - 1) / groups;
+    const auto samples = parts_of(z.samples, std::max<int64_t>(1, std::min(fitting, share)));
+    const std::unique_ptr<Number[]> packed(new Number[z.kernels * weights]);
+#pragma omp parallel num_threads(z.threads)
+    {
+      std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK);
+#pragma omp for collapse(2)
+      for (size_t b = 0; b < blocks.size(); b++)
+        for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], back, packed.get());
+#pragma omp for collapse(2)
+      for (size_t g = 0; g < samples.size(); g++)
+        for (size_t b = 0; b < blocks.size(); b++) {
+          const Range block = blocks[b];
+          const auto columns = columns_of(block.length());
+          for (int64_t s = samples[g].first; s < samples[g].last; s++)
+            for (Number *pixel = to + s * written; pixel < to + (s + 1) * written; pixel += wide)
+              std::fill(pixel + block.first, pixel + block.last, Number(0));
+          const Number *mixed_of = packed.get() + block.first * count * deep * z.kernels;
+          for (const Tap &tap : taps)
+            for (const Range &depth : depths) {
+              for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
+                const int64_t first = samples[g].first + some.first, size = depth.length() * block.length();
+                for_samples(some.length(), [&](auto S) {
+                  mix<S>(routing + first * z.kernels, mixed_of, depth.length(), block.length(), kernels.data());
+                });
+                for (int64_t s = 0; s < some.length(); s++)
+                  add_up(from + (first + s) * read + depth.first, deep, tap, kernels.data() + s * size, depth.length(),
+                         block.length(), columns, to + (first + s) * written + block.first, wide, back);
+              }
+              mixed_of += depth.length() * z.kernels * block.length();
+            }
+        }
+    }
+  }
+
+  // Gives (blocks of a kernel, samples, kernels), to be summed over the blocks, and, unless that is null, (parts,
+  // kernels, out_channels, in_channels, kernel_rows, kernel_columns), to be summed over the parts of the samples.
+  void differentiate(const Number *grad, const Number *input, const Number *routing, const Number *weight,
+                     Number *routing_grad, Number *weight_grad) const {
+    const auto blocks = parts_of(z.out_channels, BLOCK, LANES), depths = parts_of(z.in_channels, BLOCK);
+    const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
+    const int64_t fitting = std::max<int64_t>(1, NEXT / int64_t(sizeof(Number)) / ((inputs + outputs) * BLOCK));
+    const std::unique_ptr<Number[]> packed(new Number[z.kernels * weights]);
+#pragma omp parallel num_threads(z.threads)
+    {
+      Work work;
+      work.kernels.resize(TOGETHER * BLOCK * BLOCK);
+      work.sums.resize(z.kernels * count * BLOCK * BLOCK);
+      work.copy.resize(fitting * outputs * BLOCK);
+#pragma omp for collapse(2)
+      for (size_t b = 0; b < blocks.size(); b++)
+        for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], false, packed.get());
+#pragma omp for collapse(3)
+      for (int64_t part = 0; part < z.parts; part++)
+        for (size_t d = 0; d < depths.size(); d++)
+          for (size_t b = 0; b < blocks.size(); b++) {
+            const Range depth = depths[d], block = blocks[b];
+            std::fill(work.sums.begin(), work.sums.end(), Number(0));
+            Number *shares = routing_grad + (d * blocks.size() + b) * z.samples * z.kernels;  // zeros
+            if (part < int64_t(samples.size()))
+              for (const Range &some : parts_of(samples[part].length(), fitting)) {
+                const Range these = {samples[part].first + some.first, samples[part].first + some.last};
+                sum_up(these, depth, block, grad, input, routing, packed.get(), work, shares);
+              }
+            if (weight_grad) unpack(work.sums.data(), depth, block, weight_grad + part * z.kernels * weights);
+          }
+    }
+  }
+
+ private:
+  // A thread's: gradients of some samples' blocks, their sums for the K kernels, and a part of the output's gradient.
+  struct Work {
+    std::vector<Number> kernels, sums, copy;
+  };
+
+  struct Pixels {
+    const Number *begin;
+    int64_t pitch;
+    Pixels from(int64_t pixel) const { return {begin + pixel * pitch, pitch}; }
+  };
+
+  // Columns of a block that are summed at once, and in how many sums.
+  struct Columns {
+    Range range;
+    int64_t sums;
+  };
+
+  // Add a block's gradients of some samples to the sums, and to each sample's shares of the kernels.
+  void sum_up(Range samples, Range depth, Range block, const Number *grad, const Number *input, const Number *routing,
+              const Number *packed, Work &work, Number *shares) const {
+    const auto columns = columns_of(block.length());
+    const Pixels pixels = {input + samples.first * inputs * z.in_channels + depth.first, z.in_channels};
+    const Pixels positions = {grad + samples.first * outputs * z.out_channels, z.out_channels};
+    const Pixels near = part_of(positions, samples.length() * outputs, block, work.copy);
+    const int64_t size = depth.length() * block.length();
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t row = block.first * count * z.in_channels + (t * z.in_channels + depth.first) * block.length();
+      for (const Range &some : parts_of(samples.length(), TOGETHER)) {
+        std::fill_n(work.kernels.begin(), some.length() * size, Number(0));
+        for (int64_t s = some.first; s < some.last; s++)
+          multiply(pixels.from(s * inputs), depth.length(), near.from(s * outputs), block.length(), columns, taps[t],
+                   work.kernels.data() + (s - some.first) * size);
+        const int64_t first = (samples.first + some.first) * z.kernels;
+        for_samples(some.length(), [&](auto S) {
+          unmix<S>(work.kernels.data(), depth.length(), block.length(), routing + first, packed + row * z.kernels,
+                   shares + first, work.sums.data() + t * size * z.kernels);
+        });
+      }
+    }
+  }
+
+  // Order a kernel's weights as (blocks of to's channels, taps, from's channels, kernels, channels of the block).
+  void pack(const Number *weight, int64_t kernel, Range block, bool back, Number *to) const {
+    const int64_t deep = back ? z.out_channels : z.in_channels;
+    const int64_t wide_step = (back ? 1 : z.in_channels) * count, deep_step = (back ? z.in_channels : 1) * count;
+    weight += kernel * weights + block.first * wide_step;
+    to += block.first * count * deep * z.kernels + kernel * block.length();
+    for (const Range &some : parts_of(block.length(), LANES))  // a few channels, since they lie far apart
+      for (int64_t d = 0; d < deep; d++)
+        for (int64_t t = 0; t < count; t++)
+          for (int64_t w = some.first; w < some.last; w++)
+            to[(t * deep + d) * z.kernels * block.length() + w] = weight[w * wide_step + d * deep_step + t];
+  }
+
+  // The other way round, from the block of all kernels.
+  void unpack(const Number *from, Range depth, Range block, Number *weight) const {
+    const int64_t step = z.in_channels * count;
+    weight += block.first * step + depth.first * count;
+    for (int64_t k = 0; k < z.kernels; k++, weight += weights, from += block.length())
+      for (const Range &some : parts_of(block.length(), LANES))
+        for (int64_t d = 0; d < depth.length(); d++)
+          for (int64_t t = 0; t < count; t++)
+            for (int64_t w = some.first; w < some.last; w++)
+              weight[w * step + d * count + t] = from[(t * depth.length() + d) * z.kernels * block.length() + w];
+  }
+
+  // Some channels of so many pixels, copied side by side where they are read several times.
+  Pixels part_of(Pixels all, int64_t pixels, Range channels, std::vector<Number> &copy) const {
+    if (count == 1 || channels.length() == all.pitch) return {all.begin + channels.first, all.pitch};
+    for (int64_t p = 0; p < pixels; p++)
+      std::copy_n(all.from(p).begin + channels.first, channels.length(), copy.data() + p * channels.length());
+    return {copy.data(), channels.length()};
+  }
+
+  // Mix a block of the kernels of S samples.
+  template <int S>
+  void mix(const Number *routing, const Number *weight, int64_t deep, int64_t width, Number *kernels) const {
+    for (int64_t d = 0; d < deep; d++, weight += z.kernels * width)
+      for (int64_t first = 0; first < width; first += LANES) {
+        const int64_t w = std::min(first, width - LANES);
+        Vector<Number> sum[S] = {};
+        for (int64_t k = 0; k < z.kernels; k++) {
+          const Vector<Number> of = load(weight + k * width + w);
+          for (int s = 0; s < S; s++) sum[s] += routing[s * z.kernels + k] * of;
+        }
+        for (int s = 0; s < S; s++) store(sum[s], kernels + (s * deep + d) * width + w);
+      }
+  }
+
+  // Give a block of the gradients of S samples' kernels to what they were mixed of.
+  template <int S>
+  void unmix(const Number *kernels, int64_t deep, int64_t width, const Number *routing, const Number *weight,
+             Number *routing_grad, Number *weight_grad) const {
+    for (const Range &near : parts_of(deep, NEAR_ROWS))
+      for (int64_t k = 0; k < z.kernels; k++) {
+        Vector<Number> total[S] = {};
+        Number share[S], rest[S] = {};
+        for (int s = 0; s < S; s++) share[s] = routing[s * z.kernels + k];
+        for (int64_t d = near.first; d < near.last; d++) {
+          const Number *of = weight + (d * z.kernels + k) * width;
+          Number *to = weight_grad + (d * z.kernels + k) * width;
+          int64_t w = 0;
+          for (; w + LANES <= width; w += LANES) {
+            const Vector<Number> vector = load(of + w);
+            Vector<Number> sum = load(to + w);
+            for (int s = 0; s < S; s++) {
+              const Vector<Number> from = load(kernels + (s * deep + d) * width + w);
+              total[s] += from * vector, sum += share[s] * from;
+            }
+            store(sum, to + w);
+          }
+          for (; w < width; w++)
+            for (int s = 0; s < S; s++) {
+              const Number from = kernels[(s * deep + d) * width + w];
+              rest[s] += from * of[w], to[w] += share[s] * from;
+            }
+        }
+        for (int s = 0; s < S; s++) {
+          for (int lane = 0; lane < LANES; lane++) rest[s] += total[s][lane];
+          routing_grad[s * z.kernels + k] += rest[s];
+        }
+      }
+  }
+
+  static std::vector<Columns> columns_of(int64_t width) {
+    std::vector<Columns> columns;
+    for (const Range &some : parts_of(width, VECTORS * LANES, LANES))
+      columns.push_back({some, sums_of<Number>(some.length())});
+    return columns;
+  }
+
+  // Add to a sample's map what a block of one tap gives.
+  void add_up(const Number *from, int64_t from_pitch, const Tap &tap, const Number *kernel, int64_t deep,
+              int64_t width, const std::vector<Columns> &columns, Number *to, int64_t to_pitch, bool back) const {
+    const int64_t from_step = back ? from_pitch : z.right * from_pitch, to_step = back ? z.right * to_pitch : to_pitch;
+    for (const auto &[some, most] : columns) {
+      const int64_t length = tap.columns.length(), tiles = (length + most - 1) / most;
+      for (int64_t r = 0; r < tap.rows.length(); r++) {
+        const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
+        const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
+        const Number *numbers = from + (back ? position : pixel) * from_pitch;
+        Number *sums = to + (back ? pixel : position) * to_pitch + some.first;
+        for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
+          last = length * (tile + 1) / tiles;
+          adding<Number>(last - first, some.length())({numbers + first * from_step, from_step, 1, 0},
+                                                      {kernel + some.first, width, 0}, {1, deep, some.length()},
+                                                      sums + first * to_step, to_step);
+        }
+      }
+    }
+  }
+
+  // Multiply what a tap sees with the output's gradient, a few rows at a time, which stay in the nearest cache.
+  void multiply(Pixels input, int64_t deep, Pixels grad, int64_t width, const std::vector<Columns> &columns,
+                const Tap &tap, Number *kernel) const {
+    const int64_t length = tap.columns.length();
+    if (length == 0) return;
+    const int64_t lines = std::max<int64_t>(1, NEAR_POSITIONS / length);
+    for (int64_t r = 0; r < tap.rows.length(); r += lines) {
+      const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
+      const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
+      for (const auto &[some, most] : columns)
+        for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
+          last = deep * (tile + 1) / tiles;
+          adding<Number>(last - first, some.length())(
+              {input.begin + pixel * input.pitch + first, 1, z.right * input.pitch, z.down * z.width * input.pitch},
+              {grad.begin + position * grad.pitch + some.first, grad.pitch, z.columns * grad.pitch},
+              {std::min(lines, tap.rows.length() - r), length, some.length()}, kernel + first * width + some.first,
+              width);
+        }
+    }
+  }
+};
+
+}  // namespace
+
+#define FUNCTIONS(name, Number)                                                                                  \
+  extern "C" void mixed_forward_##name(const Sizes *sizes, const Number *input, const Number *routing,           \
+                                       const Number *weight, Number *output) {                                   \
+    Mixed<Number>(*sizes).convolve(input, routing, weight, output, false);                                       \
+  }                                                                                                              \
+  extern "C" void mixed_backward_##name(const Sizes *sizes, const Number *grad, const Number *routing,           \
+                                        const Number *weight, Number *input_grad) {                              \
+    Mixed<Number>(*sizes).convolve(grad, routing, weight, input_grad, true);                                     \
+  }                                                                                                              \
+  extern "C" void mixed_differentiate_##name(const Sizes *sizes, const Number *grad, const Number *input,        \
+                                             const Number *routing, const Number *weight, Number *routing_grad,  \
+                                             Number *weight_grad) {                                              \
+    Mixed<Number>(*sizes).differentiate(grad, input, routing, weight, routing_grad, weight_grad);                \
+  }
+
+FUNCTIONS(float32, float)
+FUNCTIONS(float64, double)

@@ -1,0 +1,117 @@
+"""The per-sample convolution in C++ of our own, which mixes a block of the kernels where it is used.
+
+The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of 64
+input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps from
+a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to the
+K kernels and to the routing at once.
+"""
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyn_lightning.per_sample.geometry import Geometry, positions
+from dyn_lightning.per_sample.layout import format_of
+from dyn_lightning.per_sample.methods import mixing_operation
+from dyn_lightning.per_sample.native import function, is_compiled
+from dyn_lightning.per_sample.tracing import is_watched, remembered
+
+LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
+BLOCK = 64  # channels of a block of the kernels, in both directions
+# Numbers of gradients of the K kernels, each of a part of the samples, that threads may sum up beside each other.
+MOST_IN_PARTS = 1 << 22
+
+
+def cpp(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Mix blocks of the kernels where they are used, in C++."""
+    if why := why_not(weight.shape, geometry, input.dtype, input.device.type):
+        raise ValueError(f"method='cpp' {why}: take 'auto'")
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, routing, weight))
+    as_operation = trained or torch.compiler.is_compiling() or is_watched(input, routing, weight)
+    return (_convolve if as_operation else _forward)(input, routing, weight, geometry)
+
+
+def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, device: str) -> str:
+    """Say why our C++ does not compute a convolution, or nothing if it does."""
+    if device != "cpu":
+        return f"computes on CPUs, not on {device}"
+    if dtype not in LEAST_CHANNELS:
+        return f"computes {' and '.join(map(str, LEAST_CHANNELS))}, not {dtype}"
+    if geometry.groups != 1:
+        return f"computes convolutions of one group, not of {geometry.groups}"
+    if min(weight[1:3]) < LEAST_CHANNELS[dtype]:
+        return f"computes {LEAST_CHANNELS[dtype]} or more channels, not {weight[2]} to {weight[1]}"
+    return "" if is_compiled() else "needs Linux and a C++ compiler"
+
+
+def numbers_held(weight: tuple[int, ...], training: bool) -> int:
+    """Numbers that are held beside maps in channels_last: the kernels in another order, or sums of their gradients."""
+    return max(math.prod(weight), MOST_IN_PARTS if training else 0)
+
+
+def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    size = input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)
+    output = torch.empty(size, dtype=input.dtype, memory_format=torch.channels_last)
+    pixels, routing, weight = _pixel_by_pixel(input), routing.contiguous(), weight.contiguous()
+    _call("forward", _sizes_of(input, weight, geometry), pixels, routing, weight, output)
+    return output.contiguous(memory_format=format_of(input))
+
+
+def _backward(
+    grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, needed: list[bool]
+) -> list[Tensor]:
+    grad, pixels = _pixel_by_pixel(grad), _pixel_by_pixel(input)
+    routing, weight = routing.contiguous(), weight.contiguous()
+    gradients: list[Tensor] = []
+    if needed[0]:
+        input_grad = torch.empty(input.shape, dtype=input.dtype, memory_format=torch.channels_last)
+        _call("backward", _sizes_of(input, weight, geometry), grad, routing, weight, input_grad)
+        gradients.append(input_grad.contiguous(memory_format=format_of(input)))
+    if needed[1] or needed[2]:
+        blocks = math.prod(-(-channels // BLOCK) for channels in weight.shape[1:3])
+        parts = _parts(blocks, weight.numel(), torch.get_num_threads())
+        shares = routing.new_zeros(blocks, *routing.shape)
+        sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
+        _call("differentiate", _sizes_of(input, weight, geometry, parts), grad, pixels, routing, weight, shares, sums)
+        gradients += [shares.sum(0)] if needed[1] else []
+        gradients += [] if sums is None else [sums.sum(0) if parts > 1 else sums[0]]
+    return gradients
+
+
+def _pixel_by_pixel(map: Tensor) -> Tensor:
+    return map.contiguous(memory_format=torch.channels_last)
+
+
+def _parts(blocks: int, numbers: int, threads: int) -> int:
+    """Say into how many parts the samples are divided, so that each thread has as many blocks to sum up."""
+    return max(1, min(threads // math.gcd(blocks, threads), MOST_IN_PARTS // numbers)) if blocks < 8 * threads else 1
+
+
+def _call(name: str, sizes: Any, first: Tensor, *others: Tensor | None) -> None:
+    """Call a function of the library, which takes dense tensors, maps in channels_last."""
+    tensors = (first, *others)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if any(place == 0 and tensor.numel() for place, tensor in zip(places, tensors, strict=True) if tensor is not None):
+        raise RuntimeError("a tensor of the convolution has no memory (anymore)")
+    function(f"mixed_{name}", first.dtype, 1 + len(places))(sizes, *places)
+
+
+def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:
+    return _sizes(input.shape, weight.shape, geometry, parts, torch.get_num_threads())
+
+
+@remembered
+def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, parts: int, threads: int) -> Any:
+    """Give the ``Sizes`` of the library."""
+    samples, *map_ = input
+    kernels, out_channels, _, *kernel = weight
+    stride, padding, dilation, _ = geometry
+    sizes = [samples, kernels, *map_, out_channels, *positions(input, weight, geometry), *kernel]
+    sizes += [*stride, *padding, *dilation, parts, threads]
+    return (ctypes.c_int64 * len(sizes))(*sizes)
+
+
+_convolve = mixing_operation("cpp", _forward, _backward)

@@ -1,0 +1,341 @@
+"""Kernels mixed block by block in C++, against the loop over samples."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyn_lightning.cost import peak_bytes
+from dyn_lightning.functional import choose_method, dynamic_conv2d
+from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample import mixed, native
+from dyn_lightning.per_sample.geometry import Geometry, Pair
+from dyn_lightning.per_sample.mixed import cpp
+from tests.command_line import ROOT
+from tests.per_sample.loop import loop
+from tests.tolerances import assert_close
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# Kernel's rows and columns, stride, padding, dilation, the map's rows and columns.
+SHAPES = [
+    ((3, 3), (1, 1), (1, 1), (1, 1), (7, 6)),
+    ((3, 3), (2, 2), (1, 1), (1, 1), (8, 9)),
+    ((1, 1), (1, 1), (0, 0), (1, 1), (4, 3)),
+    ((1, 1), (1, 1), (1, 1), (1, 1), (1, 1)),  # an output that is larger, in another layout than one pixel's
+    ((5, 4), (2, 1), (0, 3), (1, 1), (9, 5)),
+    ((3, 2), (2, 3), (3, 1), (3, 2), (9, 8)),
+    ((2, 2), (3, 3), (0, 0), (1, 1), (8, 9)),  # pixels between kernels, and after the last, that none sees
+    ((2, 9), (1, 1), (0, 4), (1, 1), (2, 1)),  # columns of kernels that see zeros alone
+    ((3, 3), (7, 7), (4, 4), (1, 1), (1, 1)),  # all do
+    ((3, 3), (1, 1), (1, 1), (1, 1), (13, 70)),  # a row of more positions than are multiplied at once
+]
+# In and out: of one vector and of more, which overlap or not, of one block and of more.
+CHANNELS = [(16, 16), (21, 37), (64, 96), (70, 193)]
+
+
+def draw(
+    batch: int = 3,
+    channels: tuple[int, int] = (21, 37),
+    size: Pair = (7, 6),
+    kernel: Pair = (3, 3),
+    kernels: int = 3,
+    dtype: torch.dtype = torch.float64,
+    layout: torch.memory_format = torch.channels_last,
+) -> tuple[Tensor, ...]:
+    """Draw input, routing and weight."""
+    torch.manual_seed(0)
+    shapes = (batch, channels[0], *size), (batch, kernels), (kernels, *channels[::-1], *kernel)
+    x, routing, weight = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    return tuple(tensor.requires_grad_() for tensor in (x.contiguous(memory_format=layout), routing, weight))
+
+
+def by_cpp(*tensors: Tensor, **geometry: Any) -> Tensor:
+    return dynamic_conv2d(*tensors, method="cpp", **geometry)
+
+
+def assert_equals_the_loop(tensors: tuple[Tensor, ...], **geometry: Any) -> None:
+    """Compare values and gradients with the loop's in double precision."""
+    dtype = tensors[0].dtype
+    wide = [tensor.detach().double().contiguous().requires_grad_() for tensor in tensors]
+    y, expected = by_cpp(*tensors, **geometry), loop(*wide, **geometry)
+    assert "cpp" in type(y.grad_fn).__name__
+    cotangent = torch.randn_like(expected)
+    found = (y, *torch.autograd.grad(y, tensors, cotangent.to(dtype)))
+    wanted = (expected, *torch.autograd.grad(expected, wide, cotangent))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        largest = theirs.detach().abs().max().clamp(min=1)  # sums over a map and its channels have its rounding
+        assert_close(ours.double() / largest, theirs / largest, dtype)
+    with torch.no_grad():
+        assert torch.equal(by_cpp(*tensors, **geometry), y)
+    last = tensors[0].is_contiguous(memory_format=torch.channels_last) and not tensors[0].is_contiguous()
+    for map_ in found[:2]:
+        assert map_.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_loop(
+    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, channels: Pair, dtype: torch.dtype
+) -> None:
+    for layout in LAYOUTS:
+        tensors = draw(channels=channels, size=size, kernel=kernel, dtype=dtype, layout=layout)
+        assert_equals_the_loop(tensors, stride=stride, padding=padding, dilation=dilation)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 7, 13])  # samples whose blocks are mixed together, and those that remain
+@pytest.mark.parametrize("kernels", [1, 2, 17])
+def test_any_batch_and_number_of_kernels(batch: int, kernels: int) -> None:
+    assert_equals_the_loop(draw(batch, kernels=kernels), padding=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 16])
+@pytest.mark.parametrize("channels", [(16, 16), (70, 193)])  # one block, and blocks enough for all threads
+@pytest.mark.parametrize("batch", [2, 9])
+def test_any_number_of_threads(threads: int, channels: Pair, batch: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_equals_the_loop(draw(batch, channels), padding=1)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "numbers", "threads", "parts"),
+    [
+        (1, 1000, 1, 1),
+        (1, 1000, 16, 16),
+        (4, 1000, 16, 4),
+        (6, 1000, 16, 8),
+        (9, 1000, 2, 2),
+        (16, 1000, 2, 1),
+        (9, 1 << 21, 4, 2),  # so many sums at most
+        (9, 1 << 30, 4, 1),
+    ],
+)
+def test_parts_of_the_samples(blocks: int, numbers: int, threads: int, parts: int) -> None:
+    assert mixed._parts(blocks, numbers, threads) == parts
+    assert parts == 1 or parts * numbers <= mixed.numbers_held((numbers,), training=True)
+
+
+@pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
+def test_what_needs_no_gradient(needed: tuple[bool, ...]) -> None:
+    tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(draw(), needed, strict=True)]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    outputs = by_cpp(*tensors, padding=1), loop(*tensors, padding=1)
+    assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in outputs))
+
+
+def test_empty_batch() -> None:
+    tensors = draw(0)
+    y = by_cpp(*tensors, padding=1)
+    assert y.shape == (0, 37, 7, 6)
+    gradients = torch.autograd.grad(y.sum(), tensors)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_first_and_second_derivatives() -> None:
+    tensors = draw(2, (8, 8), (3, 2), kernels=2)
+    geometry = Geometry((1, 2), (1, 0), (1, 1), 1)
+    assert gradcheck(lambda *tensors: cpp(*tensors, geometry), tensors)
+    small = draw(1, (8, 8), (2, 2), (2, 1), kernels=2)
+    assert gradgradcheck(lambda *tensors: cpp(*tensors, geometry), small)
+
+
+def test_tensors_that_are_not_dense() -> None:
+    x, routing, weight = draw(4)
+    tensors = (x[::2, :, ::2], routing[::2], weight.mT.contiguous().mT)
+    outputs = by_cpp(*tensors, padding=1), loop(*tensors, padding=1)
+    assert_close(*outputs)
+    assert_close(*(torch.autograd.grad(y.sum(), (x, routing, weight)) for y in outputs))  # of an expanded gradient
+
+
+def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
+    x, *others = draw(size=(8, 8))
+    x.detach()[..., -1] = torch.inf
+    y = by_cpp(x, *others, stride=2)
+    assert all(found.isfinite().all() for found in (y, *torch.autograd.grad(y.sum(), (x, *others))))
+
+
+def test_numbers_that_are_none_reach_those_that_they_touch() -> None:
+    x, *others = draw(2)
+    x.detach()[0, 3, 2, 2] = torch.nan
+    found, expected = by_cpp(x, *others, padding=1), loop(x, *others, padding=1)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert found.isnan().any()
+
+
+def test_a_map_whose_memory_was_freed() -> None:
+    x, *others = (tensor.detach() for tensor in draw())
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"a tensor of the convolution has no memory"):
+        by_cpp(x, *others)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_to_one_graph(dynamic: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(by_cpp, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (3, 5) if dynamic else (3,):
+        tensors = draw(batch)
+        y, expected = compiled(*tensors, padding=1), by_cpp(*tensors, padding=1)
+        assert torch.equal(y, expected)
+        assert_close(*(torch.autograd.grad(out.square().sum(), tensors) for out in (y, expected)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_by_inductor_the_layout_stays(layout: torch.memory_format) -> None:
+    torch.compiler.reset()
+    tensors = draw(dtype=torch.float32, layout=layout)
+    y = torch.compile(by_cpp, fullgraph=True)(*tensors, padding=1)
+    assert y.is_contiguous(memory_format=layout)
+    assert_close(y, by_cpp(*tensors, padding=1))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("needed", [[True, True, True], [False, True, False], [True, False, True]])
+def test_is_a_well_formed_operation(layout: torch.memory_format, needed: list[bool]) -> None:
+    operands = (*draw(2, (16, 16), (4, 3), layout=layout), [1, 1, 1, 1, 1, 1, 1])
+    torch.library.opcheck(torch.ops.dyn_lightning.cpp.default, operands)
+    grad = torch.randn_like(torch.ops.dyn_lightning.cpp(*operands))
+    given = (grad, *(tensor.detach() for tensor in operands[:3]), operands[3], needed)
+    torch.library.opcheck(torch.ops.dyn_lightning.cpp_backward.default, given)
+
+
+def test_multiply_adds() -> None:
+    tensors = [tensor.detach() for tensor in draw(2)]
+    mixing, products = 2 * 3 * 37 * 21 * 9, 2 * 37 * 21 * 9 * 7 * 6
+    with FlopCounterMode(display=False) as counter:
+        by_cpp(*tensors, padding=1)
+    assert counter.get_total_flops() == 2 * (mixing + products)
+    tensors = draw(2)
+    y = by_cpp(*tensors, padding=1)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(y.sum(), tensors)
+    assert counter.get_total_flops() == 2 * (3 * mixing + 2 * products)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        y = by_cpp(*(tensor.detach() for tensor in draw()), padding=1)
+    assert isinstance(y, FakeTensor)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for forward mode
+def test_transforms() -> None:
+    x, *others = (tensor.detach() for tensor in draw())
+    found = torch.vmap(lambda x: by_cpp(x, *others))(x[:, None].expand(-1, 3, -1, -1, -1))
+    assert_close(found, torch.stack([loop(image.expand(3, -1, -1, -1), *others) for image in x]))
+    tangent = torch.randn_like(x)
+    _, along = torch.func.jvp(lambda x: by_cpp(x, *others), (x,), (tangent,))
+    assert_close(along, loop(tangent, *others))
+
+
+def test_checkpoints_and_many_threads() -> None:
+    tensors = draw()
+    y = checkpoint(by_cpp, *tensors, padding=1, use_reentrant=False)
+    assert_close(*(torch.autograd.grad(out.sum(), tensors) for out in (y, loop(*tensors, padding=1))))
+    given = [tensor.detach() for tensor in tensors]
+    with ThreadPoolExecutor(4) as threads:
+        found = [*threads.map(lambda scale: by_cpp(scale * given[0], *given[1:]), range(12))]
+    assert_close(found, [loop(scale * given[0], *given[1:]) for scale in range(12)])
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_processors(capability: str, tmp_path: Path) -> None:
+    """Run the tests of shapes with vectors of other widths."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equals_the_loop"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert f"{2 * len(SHAPES) * len(CHANNELS)} passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float16}, r"computes torch.float32 and torch.float64, not torch.float16: take 'auto'"),
+        ({"channels": (3, 37), "dtype": torch.float32}, r"computes 16 or more channels, not 3 to 37"),
+        ({"channels": (7, 8)}, r"computes 8 or more channels, not 7 to 8"),
+    ],
+)
+def test_what_it_does_not_serve(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="method='cpp' " + message):
+        by_cpp(*draw(**change))
+
+
+def test_groups_and_other_devices() -> None:
+    x, routing, weight = draw(channels=(32, 32))
+    with pytest.raises(ValueError, match="computes convolutions of one group, not of 2"):
+        by_cpp(x, routing, weight[:, :, :16], groups=2)
+    with pytest.raises(ValueError, match="computes on CPUs, not on meta"):
+        by_cpp(*(tensor.to("meta") for tensor in (x, routing, weight)))
+
+
+def test_memory_of_a_training_step() -> None:
+    x, routing, weight = draw(32, (256, 256), (4, 4), kernels=4, dtype=torch.float32)
+
+    def peak(method: str) -> int:
+        def step() -> None:
+            y = dynamic_conv2d(x, routing, weight, padding=1, method=method)
+            torch.autograd.grad(y, (x, routing, weight), torch.ones_like(y))
+
+        return peak_bytes(step, x.device)
+
+    native.library()
+    mixed_kernels, kernels = 4 * 32 * 256 * 256 * 9, 4 * weight.numel()
+    assert peak("grouped") > 2 * mixed_kernels
+    assert peak("cpp") < 2 * kernels + mixed_kernels / 2
+
+
+class TestAuto:
+    """Of 256 channels on 14x14, which it computes fastest in any layout."""
+
+    @pytest.fixture
+    def case(self) -> Iterator[Callable[..., str]]:
+        def choose(**options: Any) -> str:
+            x = torch.empty(32, 256, 14, 14).contiguous(memory_format=torch.channels_last)
+            return choose_method(x, torch.empty(4, 256, 256, 3, 3), padding=1, **options)
+
+        yield choose
+        native.library.cache_clear()
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_takes_it(self, case: Callable[..., str], training: bool) -> None:
+        assert case(training=training) == "cpp"
+
+    def test_but_not_without_a_compiler(self, case: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        native.library.cache_clear()
+        assert case() in ("grouped", "chunked")
+        with pytest.raises(ValueError, match="method='cpp' needs Linux and a C\\+\\+ compiler: take 'auto'"):
+            by_cpp(*draw())
+
+    def test_but_not_where_its_memory_is_not_allowed(self, case: Callable[..., str]) -> None:
+        needed = 4 * mixed.MOST_IN_PARTS  # sums of gradients, of which the weights' are fewer
+        assert [case(max_mixed_bytes=2 * needed + less) for less in (0, -1)] == ["cpp", "chunked"]
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_but_not_in_an_export(self, strict: bool) -> None:
+        layer = DynamicConv2d(256, 256, 3, padding=1).eval()
+        x = torch.randn(32, 256, 14, 14)
+        assert choose_method(x, layer.weight, padding=1, training=False) == "cpp"
+        exported = torch.export.export(layer, (x,), strict=strict)
+        assert "dyn_lightning" not in str(exported.graph)
+        assert_close(exported.module()(x), layer(x))
