@@ -76,27 +76,31 @@ def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_lines_are_the_costs_that_made_the_times() -> None:
-    costs = Costs((5000, 300, 40, 2e8), (30, 2000, 900, 5e8))
+    costs = Costs((5000, 300, 40, 2e8), (30, 2000, 900, 5e8), (70, 400, 30, 3e8, 600))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
-    for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4)):
+    for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4), (96, 14, 16)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
         case = Case(*shapes, geometry, torch.float32, "cpu", False, True, True, 2**28, True)
         weights, kept = 32 * 9 * channels**2, pixels**2  # padded by one, the map keeps its size
         mixing = 5000 * weights + 300 * kernels * weights + 40 * kept * weights + 2e8
         mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept) + 5e8
-        times = {"grouped": mixing * 1e-9, "mixture": mixture * 1e-9}
+        copied = 2 * 32 * channels * kept
+        cpp = 70 * weights + 400 * kernels * weights + 30 * kept * weights + 3e8 + 600 * copied
+        times = {"grouped": mixing * 1e-9, "mixture": mixture * 1e-9, "cpp": cpp * 1e-9}
         results.append((case, "grouped", times))
     for found, made in zip(lines(results), costs, strict=True):
         assert found == pytest.approx(made, rel=1e-6)
+    without = [(case, first, {name: times[name] for name in (first, "mixture")}) for case, first, times in results]
+    assert lines(without).cpp == fit(without).cpp == ()
 
 
 def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
-    """Give by how much the choices by some costs are slower than the better ones, as a sum of logarithms."""
+    """Give by how much the choices by some costs are slower than the best ones, as a sum of logarithms."""
     total = 0.0
     for case, first, times in results:
-        chosen = "mixture" if costs.prefer_mixture(case) else first
-        total += math.log(times[chosen] / min(times[first], times["mixture"]))
+        open_to = [name for name in (first, "mixture", "cpp") if name in times]
+        total += math.log(times[costs.best(case, first, open_to)] / min(times[name] for name in open_to))
     return total
 
 
@@ -176,7 +180,7 @@ def test_work_is_counted(method: str, mixed: int) -> None:
 def test_layers_are_measured_and_fitted(
     channels_last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few: dict[layers.Shape, list[str]] = {(8, 16, 1, 1, 0, 1, 4): ["N"], (8, 8, 3, 1, 1, 1, 4): ["N"]}
+    few: dict[layers.Shape, list[str]] = {(8, 16, 1, 1, 0, 1, 4): ["N"], (16, 16, 3, 1, 1, 1, 4): ["N"]}
     monkeypatch.setattr(layers, "shapes", lambda: few)
     main(["layers", "--batch", "2", "--rounds", "1", "--out", str(tmp_path), *["--channels_last"] * channels_last])
     said = capsys.readouterr().out
@@ -185,6 +189,7 @@ def test_layers_are_measured_and_fitted(
     assert len(results) == len(layers.JOBS) * len(few)
     for row in results:
         assert min(*row["milliseconds"].values(), *row["MiB"].values()) > 0
+        assert ("cpp" in row["milliseconds"]) == (row["shape"][0] == 16)
     fit_costs.main([str(tmp_path / "dynamic_conv.json")])
     said = capsys.readouterr().out
     assert said.count(": Costs(") == 4
@@ -232,12 +237,13 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
 
 
 def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    files = {4: RESULTS / "layers_again.json", 16: RESULTS / "layers_k16_again.json"}
+    files = {4: RESULTS / "layers.json", 16: RESULTS / "layers_k16.json"}
     fit_costs.main([str(path) for path in files.values()])
     said = capsys.readouterr().out.splitlines()
     log = (ROOT / "experiments/LOG.md").read_text()
     for kernels, path in files.items():
-        for job in layers.JOBS:
+        measured = json.loads(path.read_text())["results"]["layers"]
+        for job in dict.fromkeys(result["job"] for result in measured):
             start = f"{path}, {job}, "
             (line,) = (one for one in said if one.startswith(start))
             found = re.search(r"on (.*)% of .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)

@@ -87,7 +87,7 @@ class TestMethods:
         found = methods(model, (3, 224, 224))
         assert len(found) == 51
         assert found["features.1.conv.0.0"] == "grouped"  # depthwise, 112 x 112
-        assert found["features.17.conv.2"] == "chunked"  # of 38 MB of mixed kernels
+        assert found["features.17.conv.2"] == "cpp"  # of 38 MB of mixed kernels
         assert found["features.2.conv.0.0"] == "matmul"
         assert set(methods(model, (3, 224, 224), batch_size=1, training=False).values()) == {"grouped", "matmul"}
         small = methods(model, (3, 32, 32), batch_size=1, training=False)

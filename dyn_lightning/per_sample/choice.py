@@ -38,7 +38,7 @@ class Costs(NamedTuple):
         costs = {first: _sum(self.mixed_first, mixed_first_work(case))}
         for name, numbers, work in (("mixture", self.mixture, mixture_work), ("cpp", self.cpp, cpp_work)):
             if name in within:
-                costs[name] = _sum(numbers, work(case))
+                costs[name] = _sum(numbers, work(case))  # in the place of the first one's, if it is that
         return min(costs, key=lambda name: costs[name])
 
 
@@ -66,12 +66,12 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16,
-# freed memory kept; where it is not, they decide small maps alone, for which none is fetched.
+# contiguous maps, freed memory kept.
 CPU_COSTS = {
-    (True, True): Costs((3140, 20.3, 21.1, 116e6), (39.9, 647, 2290, 434e6), (255, 265, 38.1, 765e6, 2270)),
-    (True, False): Costs((1160, 14.3, 6.12, 17.9e6), (23.4, 155, 626, 96.7e6), (0, 57.2, 15.4, 63.5e6, 272)),
-    (False, True): Costs((5010, 26.3, 22.4, 0), (55.4, 1180, 0, 1910e6), (40.5, 593, 14.8, 556e6, 890)),
-    (False, False): Costs((1580, 17.3, 4.46, 0), (21.1, 399, 545, 320e6), (2.46, 56.6, 8.17, 47.3e6, 631)),
+    (True, True): Costs((2910, 82.2, 11.1, 63.4e6), (42.1, 530, 3170, 397e6), (0, 357, 22, 933e6, 2710)),
+    (True, False): Costs((1570, 8.52, 3.8, 15.4e6), (31.1, 146, 1010, 86.4e6), (0, 69.1, 14.3, 26.8e6, 1650)),
+    (False, True): Costs((12400, 27.7, 5.8, 781e6), (129, 1120, 0, 1270e6), (0, 1240, 9.13, 591e6, 392)),
+    (False, False): Costs((2470, 10.9, 2.09, 0), (40.2, 380, 647, 79.5e6), (0, 95.8, 8.74, 0, 346)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
@@ -98,6 +98,8 @@ def choose(case: Case) -> str:
     if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
         many = not case.training and math.prod(case.weight) >= MANY_WEIGHTS
         return "mixture" if many and case.geometry.groups == 1 == case.positions() else first
+    if case.channels_last and not case.is_product() and "cpp" in within:
+        first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
     return costs[case.is_product(), case.training].best(case, first, within)
 

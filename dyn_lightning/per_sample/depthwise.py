@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, format_of, layout_of
-from dyn_lightning.per_sample.native import function, is_compiled
+from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.tracing import remembered
 
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
@@ -135,10 +135,7 @@ def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels:
     """Call a function of the library, which takes dense tensors, with an output or its gradient first."""
     last = not input.is_contiguous()
     sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last)
-    places = [None if tensor is None else tensor.data_ptr() for tensor in (output, input, kernels, *grads)]
-    if 0 in places:
-        raise RuntimeError(f"input of shape {tuple(input.shape)}, its kernels or its output have no memory (anymore)")
-    function(f"{name}_last" if last else name, input.dtype, 1 + len(places))(sizes, *places)
+    call(f"{name}_last" if last else name, sizes, output, input, kernels, *grads)
 
 
 @remembered

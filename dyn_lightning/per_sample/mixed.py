@@ -16,7 +16,7 @@ from torch import Tensor
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import format_of
 from dyn_lightning.per_sample.methods import mixing_operation
-from dyn_lightning.per_sample.native import function, is_compiled
+from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
@@ -56,7 +56,7 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
     size = input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)
     output = torch.empty(size, dtype=input.dtype, memory_format=torch.channels_last)
     pixels, routing, weight = _pixel_by_pixel(input), routing.contiguous(), weight.contiguous()
-    _call("forward", _sizes_of(input, weight, geometry), pixels, routing, weight, output)
+    call("mixed_forward", _sizes_of(input, weight, geometry), pixels, routing, weight, output)
     return output.contiguous(memory_format=format_of(input))
 
 
@@ -68,14 +68,15 @@ def _backward(
     gradients: list[Tensor] = []
     if needed[0]:
         input_grad = torch.empty(input.shape, dtype=input.dtype, memory_format=torch.channels_last)
-        _call("backward", _sizes_of(input, weight, geometry), grad, routing, weight, input_grad)
+        call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, input_grad)
         gradients.append(input_grad.contiguous(memory_format=format_of(input)))
     if needed[1] or needed[2]:
         blocks = math.prod(-(-channels // BLOCK) for channels in weight.shape[1:3])
         parts = _parts(blocks, weight.numel(), torch.get_num_threads())
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
-        _call("differentiate", _sizes_of(input, weight, geometry, parts), grad, pixels, routing, weight, shares, sums)
+        sizes = _sizes_of(input, weight, geometry, parts)
+        call("mixed_differentiate", sizes, grad, pixels, routing, weight, shares, sums)
         gradients += [shares.sum(0)] if needed[1] else []
         gradients += [] if sums is None else [sums.sum(0) if parts > 1 else sums[0]]
     return gradients
@@ -88,15 +89,6 @@ def _pixel_by_pixel(map: Tensor) -> Tensor:
 def _parts(blocks: int, numbers: int, threads: int) -> int:
     """Say into how many parts the samples are divided, so that each thread has as many blocks to sum up."""
     return max(1, min(threads // math.gcd(blocks, threads), MOST_IN_PARTS // numbers)) if blocks < 8 * threads else 1
-
-
-def _call(name: str, sizes: Any, first: Tensor, *others: Tensor | None) -> None:
-    """Call a function of the library, which takes dense tensors, maps in channels_last."""
-    tensors = (first, *others)
-    places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if any(place == 0 and tensor.numel() for place, tensor in zip(places, tensors, strict=True) if tensor is not None):
-        raise RuntimeError("a tensor of the convolution has no memory (anymore)")
-    function(f"mixed_{name}", first.dtype, 1 + len(places))(sizes, *places)
 
 
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:

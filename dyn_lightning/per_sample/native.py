@@ -16,9 +16,10 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from dyn_lightning.per_sample.tracing import remembered
 
@@ -64,12 +65,29 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def call(name: str, sizes: Any, first: Tensor, *others: Tensor | None) -> None:
+    """Call a function of the library for the first tensor's type of numbers.
+
+    Args:
+        name: of the function, without the type.
+        sizes: the ``Sizes`` that it takes first.
+        first: a dense tensor.
+        others: likewise, or None for what is not wanted.
+    """
+    tensors = (first, *others)
+    places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if 0 in places:  # that of an empty tensor, or of one whose memory was freed
+        for tensor in tensors:
+            if tensor is not None and tensor.numel() and not tensor.data_ptr():
+                raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has no memory (anymore)")
+    _function(name, first.dtype, 1 + len(places))(sizes, *places)
+
+
 @remembered
-def function(name: str, dtype: torch.dtype, count: int) -> Callable[..., None]:
-    """Give a function of the library for a type of numbers, which takes so many addresses or None."""
-    found = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    found.argtypes = [ctypes.c_void_p] * count
-    return cast(Callable[..., None], found)
+def _function(name: str, dtype: torch.dtype, count: int) -> Callable[..., None]:
+    function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    function.argtypes = [ctypes.c_void_p] * count
+    return cast(Callable[..., None], function)
 
 
 @torch.compiler.assume_constant_result

@@ -92,6 +92,6 @@ SEVERAL_TILES = [(2, 35, 9, 8), (2, 3), (3, 33, 35, 3, 3), (3, 33)]
 
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    message = r"method='triton' needs a CUDA device and the package triton, not cpu: take \['grouped', .*'chunked'\]"
+    message = r"method='triton' needs a CUDA device and the package triton, not cpu: take \['grouped', .*, 'cpp'\]"
     with pytest.raises(ValueError, match=message):
         dynamic_conv2d(*draw(), method="triton")

@@ -2,7 +2,7 @@
 ``python -m experiments.benchmarks.dynamic_conv.fit_costs FILE.json [...]``.
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
-other than 4), all with freed memory kept or none. For each kind of layer and of job, both ways to compute are a line in
+other than 4), all with freed memory kept or none. For each kind of layer and of job, each way to compute is a line in
 what there is to do (``Costs``).
 Prints the numbers for ``choice.py``, the cases where a choice by them is more than 10 % slower than the best method,
 and how good the choices of today's ``choice.py`` are: in each file, and in those of the same cases together, since a
@@ -34,11 +34,10 @@ from dyn_lightning.per_sample.choice import (
 from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 
-# What the costs choose from beside the fastest way to mix the kernels first, and what there is to do in each.
-NAMES, WORKS = ("mixture", "cpp"), (mixed_first_work, mixture_work, cpp_work)
+WORKS = (mixed_first_work, mixture_work, cpp_work)  # in the order of `Costs`
 # A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in this
 # unit. And what it costs to move the numbers away from the lines, which keeps those that no choice depends on.
-UNSURE, STAY = 0.1, 1e-3
+UNSURE, STAY = 0.1, 2e-4
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
 
@@ -72,35 +71,43 @@ def is_open(case: Case) -> bool:
 
 def fit(results: list[Result]) -> Costs:
     """Fit one kind of layer and job: the line of each way, then all numbers so that little time is lost by choices."""
-    designs = [np.array([work(case) for case, *_ in results]) for work in WORKS]
-    starts = [np.array(numbers) for numbers in lines(results)]
+    counted, starts = _counted(results), [np.array(numbers) for numbers in lines(results) if numbers]
+    designs = [np.array([work(case) for case, *_ in counted]) for work in WORKS[: len(starts)]]
+    times = np.array([[times.get(name, math.inf) for name in _ways(first)] for _, first, times in counted])
+    there = np.isfinite(times)[:, : len(starts)]
+    over = np.log(np.where(there, times[:, : len(starts)] / times.min(1, keepdims=True), 1))
     ends = np.cumsum([len(start) for start in starts])
-    times = np.array([[times.get(name, math.inf) for name in (first, *NAMES)] for _, first, times in results])
-    over = np.log(np.where(np.isinf(times), 1, times / times.min(1, keepdims=True)))
+
+    def costs_of(shifts: np.ndarray) -> list[np.ndarray]:
+        return [start * np.exp(part) for start, part in zip(starts, np.split(shifts, ends[:-1]), strict=True)]
 
     def lost(shifts: np.ndarray) -> float:
-        parts = np.split(shifts, ends[:-1])
-        expected = np.stack(
-            [design @ (start * np.exp(part)) for design, start, part in zip(designs, starts, parts, strict=True)], 1
-        )
-        chances = softmax(np.where(np.isinf(times), -np.inf, -np.log(expected) / UNSURE), axis=1)
+        expected = np.stack([design @ costs for design, costs in zip(designs, costs_of(shifts), strict=True)], 1)
+        chances = softmax(np.where(there, -np.log(expected) / UNSURE, -np.inf), axis=1)
         return float(np.mean(np.sum(chances * over, axis=1)) + STAY * shifts @ shifts)
 
-    shifts = np.split(minimize(lost, np.zeros(ends[-1]), tol=1e-8).x, ends[:-1])
-    return Costs(*(tuple((start * np.exp(part)).tolist()) for start, part in zip(starts, shifts, strict=True)))
+    fitted = costs_of(minimize(lost, np.zeros(ends[-1]), tol=1e-8).x)
+    return Costs(*(tuple(costs.tolist()) for costs in fitted))
 
 
 def lines(results: list[Result]) -> Costs:
     """Fit the times of each way alone, by least squares of the relative error, with no negative number."""
     numbers = []
     for place, work in enumerate(WORKS):
-        pairs = [
-            (work(case), times[name]) for case, first, times in results if (name := (first, *NAMES)[place]) in times
-        ]
+        found = [(work(case), times.get(_ways(first)[place])) for case, first, times in _counted(results)]
         # A picosecond is 1e-9 of the milliseconds that were measured.
-        design = np.array([[number / time * 1e-9 for number in work] for work, time in pairs])
-        numbers.append(tuple(nnls(design, np.ones(len(design)))[0].tolist()))
+        design = np.array([[number / time * 1e-9 for number in work] for work, time in found if time is not None])
+        numbers.append(tuple(nnls(design, np.ones(len(design)))[0].tolist()) if len(design) else ())
     return Costs(*numbers)
+
+
+def _counted(results: list[Result]) -> list[Result]:
+    """Give the results, those with K = 4 twice: it is the number of the papers."""
+    return results + [row for row in results if row[0].weight[0] == 4]
+
+
+def _ways(first: str) -> tuple[str, ...]:
+    return first, "mixture", "cpp"
 
 
 def kind_of(case: Case) -> tuple[bool, bool]:
