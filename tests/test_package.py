@@ -25,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_holds_all_modules_and_nothing_else(wheel: Path) -> None:
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     folder = ROOT / "dyn_lightning"
-    package = {str(path.relative_to(ROOT)) for path in (*folder.rglob("*.py"), *folder.rglob("*.cpp"))}
+    package = {str(path.relative_to(ROOT)) for end in ("py", "cpp", "h") for path in folder.rglob(f"*.{end}")}
     callbacks = {f"dyn_lightning/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
     assert inside == package | callbacks
 

@@ -16,7 +16,8 @@ def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -
     """Mix tiles of the kernels where they are used, in kernels of Triton."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests, on any device
     if not (has_triton() and (input.is_cuda or interpreted)):
-        others = [name for name in METHODS if METHODS[name] is not triton]
+        unfit = ["triton"] if input.is_cpu else ["triton", "cpp"]
+        others = [name for name in METHODS if name not in unfit]
         raise ValueError(
             f"method='triton' needs a CUDA device and the package triton, not {input.device}: take {others}"
         )

@@ -205,8 +205,8 @@ template <typename Number> class Mixed {
     {
       Work work;
       work.kernels.resize(TOGETHER * BLOCK * BLOCK);
-      work.sums.resize(z.kernels * count * BLOCK * BLOCK);
-      work.copy.resize(fitting * outputs * BLOCK);
+      work.sums.resize(z.kernels * count * std::min(BLOCK, z.in_channels) * std::min(BLOCK, z.out_channels));
+      if (count > 1 && blocks.size() > 1) work.copy.resize(fitting * outputs * BLOCK);
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], false, packed.get());

@@ -39,7 +39,7 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
     if device != "cpu":
         return f"computes on CPUs, not on {device}"
     if dtype not in LEAST_CHANNELS:
-        return f"computes {' and '.join(map(str, LEAST_CHANNELS))}, not {dtype}"
+        return f"computes torch.float32 and torch.float64, not {dtype}"
     if geometry.groups != 1:
         return f"computes convolutions of one group, not of {geometry.groups}"
     if min(weight[1:3]) < LEAST_CHANNELS[dtype]:
@@ -54,7 +54,7 @@ def numbers_held(weight: tuple[int, ...], training: bool) -> int:
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     size = input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)
-    output = torch.empty(size, dtype=input.dtype, memory_format=torch.channels_last)
+    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
     pixels, routing, weight = _pixel_by_pixel(input), routing.contiguous(), weight.contiguous()
     call("mixed_forward", _sizes_of(input, weight, geometry), pixels, routing, weight, output)
     return output.contiguous(memory_format=format_of(input))
@@ -67,12 +67,12 @@ def _backward(
     routing, weight = routing.contiguous(), weight.contiguous()
     gradients: list[Tensor] = []
     if needed[0]:
-        input_grad = torch.empty(input.shape, dtype=input.dtype, memory_format=torch.channels_last)
+        input_grad = torch.empty_like(input, memory_format=torch.channels_last)
         call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, input_grad)
         gradients.append(input_grad.contiguous(memory_format=format_of(input)))
     if needed[1] or needed[2]:
         blocks = math.prod(-(-channels // BLOCK) for channels in weight.shape[1:3])
-        parts = _parts(blocks, weight.numel(), torch.get_num_threads())
+        parts = _parts(blocks, weight.numel(), len(input), torch.get_num_threads())
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
         sizes = _sizes_of(input, weight, geometry, parts)
@@ -86,9 +86,10 @@ def _pixel_by_pixel(map: Tensor) -> Tensor:
     return map.contiguous(memory_format=torch.channels_last)
 
 
-def _parts(blocks: int, numbers: int, threads: int) -> int:
+def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
     """Say into how many parts the samples are divided, so that each thread has as many blocks to sum up."""
-    return max(1, min(threads // math.gcd(blocks, threads), MOST_IN_PARTS // numbers)) if blocks < 8 * threads else 1
+    wanted = threads // math.gcd(blocks, threads) if blocks < 8 * threads else 1
+    return max(1, min(wanted, samples, MOST_IN_PARTS // numbers))
 
 
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:

@@ -115,20 +115,22 @@ def test_any_number_of_threads(threads: int, channels: Pair, batch: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("blocks", "numbers", "threads", "parts"),
+    ("blocks", "numbers", "samples", "threads", "parts"),
     [
-        (1, 1000, 1, 1),
-        (1, 1000, 16, 16),
-        (4, 1000, 16, 4),
-        (6, 1000, 16, 8),
-        (9, 1000, 2, 2),
-        (16, 1000, 2, 1),
-        (9, 1 << 21, 4, 2),  # so many sums at most
-        (9, 1 << 30, 4, 1),
+        (1, 1000, 32, 1, 1),
+        (1, 1000, 32, 16, 16),
+        (1, 1000, 3, 16, 3),
+        (1, 1000, 0, 16, 1),
+        (4, 1000, 32, 16, 4),
+        (6, 1000, 32, 16, 8),
+        (9, 1000, 32, 2, 2),
+        (16, 1000, 32, 2, 1),
+        (9, 1 << 21, 32, 4, 2),  # so many sums at most
+        (9, 1 << 30, 32, 4, 1),
     ],
 )
-def test_parts_of_the_samples(blocks: int, numbers: int, threads: int, parts: int) -> None:
-    assert mixed._parts(blocks, numbers, threads) == parts
+def test_parts_of_the_samples(blocks: int, numbers: int, samples: int, threads: int, parts: int) -> None:
+    assert mixed._parts(blocks, numbers, samples, threads) == parts
     assert parts == 1 or parts * numbers <= mixed.numbers_held((numbers,), training=True)
 
 
@@ -142,7 +144,7 @@ def test_what_needs_no_gradient(needed: tuple[bool, ...]) -> None:
 
 def test_empty_batch() -> None:
     tensors = draw(0)
-    y = by_cpp(*tensors, padding=1)
+    y = cpp(*tensors, Geometry((1, 1), (1, 1), (1, 1), 1))
     assert y.shape == (0, 37, 7, 6)
     gradients = torch.autograd.grad(y.sum(), tensors)
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
@@ -196,6 +198,14 @@ def test_compiled_to_one_graph(dynamic: bool) -> None:
         y, expected = compiled(*tensors, padding=1), by_cpp(*tensors, padding=1)
         assert torch.equal(y, expected)
         assert_close(*(torch.autograd.grad(out.square().sum(), tensors) for out in (y, expected)))
+
+
+def test_auto_is_compiled_with_an_open_batch() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="aot_eager")
+    for batch in (3, 5, 9):
+        tensors = draw(batch, (64, 64), (8, 8), dtype=torch.float32)
+        assert_close(compiled(*tensors, padding=1), dynamic_conv2d(*tensors, padding=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

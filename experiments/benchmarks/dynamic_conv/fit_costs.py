@@ -126,7 +126,7 @@ def main(paths: list[str]) -> None:
         rounded = ", ".join(f"({', '.join(f'{number:.3g}' for number in numbers)})" for numbers in costs)
         print(f"{kind}: Costs({rounded}),  # {len(these)} cases, but for")
         for case, first, times in these:
-            chosen = costs.best(case, first, methods_within(case))
+            chosen = costs.best(case, first, [name for name in methods_within(case) if name in times])
             best = min(times[name] for name in times if name not in ("static", "timm"))
             if times[chosen] > 1.1 * best:
                 rounded = {name: round(time, 2) for name, time in times.items()}
@@ -151,7 +151,9 @@ def mean(same: tuple[tuple[Case, dict[str, Any]], ...]) -> tuple[Case, dict[str,
 def report(title: str, rows: list[tuple[Case, dict[str, Any]]]) -> None:
     """Print how good the choices of ``choice.py`` are, job by job."""
     for job in dict.fromkeys(result["job"] for _, result in rows):
-        chosen = [result | {"auto": choose(case)} for case, result in rows if result["job"] == job]
+        # Older files do not know all methods.
+        choices = [(result, choose(case)) for case, result in rows if result["job"] == job]
+        chosen = [result | {"auto": auto} for result, auto in choices if auto in result["milliseconds"]]
         print(f"{title}, {job}, by the numbers of choice.py: {quality(chosen)}")
 
 
