@@ -28,7 +28,6 @@ from dyn_lightning.per_sample import depthwise, native
 from dyn_lightning.per_sample.convolution import convolve, gradients
 from dyn_lightning.per_sample.depthwise import is_faster
 from dyn_lightning.per_sample.geometry import Geometry, Pair
-from tests.command_line import ROOT
 from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
 
@@ -325,16 +324,6 @@ def test_multiply_adds() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(y.sum(), (x, weight))
     assert counter.get_total_flops() == 2 * 2 * once
-
-
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_other_processors(capability: str, tmp_path: Path) -> None:
-    """Run the tests of shapes with vectors of other widths."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equals_torchs"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert f"{4 * 3 * len(SHAPES)} passed" in done.stdout, done.stdout
-    assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
 
 @pytest.mark.parametrize(("kernel", "size", "stride"), [(5, 7, 1), (3, 2, 1), (3, 28, 2), (3, 18, 1)])

@@ -1,12 +1,8 @@
 """Kernels mixed block by block in C++, against the loop over samples."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +19,6 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import mixed, native
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from dyn_lightning.per_sample.mixed import cpp
-from tests.command_line import ROOT
 from tests.per_sample.loop import loop
 from tests.tolerances import assert_close
 
@@ -266,15 +261,6 @@ def test_checkpoints_and_many_threads() -> None:
     with ThreadPoolExecutor(4) as threads:
         found = [*threads.map(lambda scale: by_cpp(scale * given[0], *given[1:]), range(12))]
     assert_close(found, [loop(scale * given[0], *given[1:]) for scale in range(12)])
-
-
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_other_processors(capability: str, tmp_path: Path) -> None:
-    """Run the tests of shapes with vectors of other widths."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "equals_the_loop"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert f"{2 * len(SHAPES) * len(CHANNELS)} passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
