@@ -11,7 +11,11 @@ from tests.command_line import ROOT
 from tests.per_sample import test_depthwise, test_mixed
 
 TESTS = {
-    test_depthwise: ("test_equals_torchs", "test_in_channels_last_equals_torchs", "TestOneImageWithoutABackwardPass::test_equals_torchs"),
+    test_depthwise: (
+        "test_equals_torchs",
+        "test_in_channels_last_equals_torchs",
+        "TestOneImageWithoutABackwardPass::test_equals_torchs",
+    ),
     test_mixed: ("test_equals_the_loop",),
 }
 
