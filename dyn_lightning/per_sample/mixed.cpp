@@ -24,7 +24,7 @@ constexpr int64_t NEAR_POSITIONS = 64, NEAR_ROWS = 16, NEXT = 1 << 19, LAST = 1 
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
-      right, above, left, dilation_rows, dilation_columns, parts, threads;
+      right, above, left, dilation_rows, dilation_columns, planes, parts, threads;
 };
 
 struct Range {
@@ -152,18 +152,20 @@ template <typename Number> class Mixed {
   // From input to output, or back from the output's gradient to the input's.
   void convolve(const Number *from, const Number *routing, const Number *weight, Number *to, bool back) const {
     const int64_t deep = back ? z.out_channels : z.in_channels, wide = back ? z.in_channels : z.out_channels;
-    const int64_t read = (back ? outputs : inputs) * deep, written = (back ? inputs : outputs) * wide;
+    const int64_t pixels = back ? inputs : outputs, read = (back ? outputs : inputs) * deep;
     const auto blocks = parts_of(wide, BLOCK, LANES), depths = parts_of(deep, BLOCK);
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
     const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
-    const int64_t fitting = room / int64_t(sizeof(Number)) / (read + written);
+    const int64_t fitting = room / int64_t(sizeof(Number)) / (read + pixels * wide);
     const int64_t groups = (z.threads + used - 1) / used, share = (z.samples + groups - 1) / groups;
-    const auto samples = parts_of(z.samples, std::max<int64_t>(1, std::min(fitting, share)));
+    const int64_t most = std::max<int64_t>(1, std::min(fitting, share));
+    const auto samples = parts_of(z.samples, most);
     const std::unique_ptr<Number[]> packed(new Number[z.kernels * weights]);
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK);
+      std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK), sums;  // of maps that lie channel by channel
+      if (z.planes) sums.resize(most * pixels * std::min(BLOCK, wide));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], back, packed.get());
@@ -172,23 +174,29 @@ template <typename Number> class Mixed {
         for (size_t b = 0; b < blocks.size(); b++) {
           const Range block = blocks[b];
           const auto columns = columns_of(block.length());
-          for (int64_t s = samples[g].first; s < samples[g].last; s++)
-            for (Number *pixel = to + s * written; pixel < to + (s + 1) * written; pixel += wide)
-              std::fill(pixel + block.first, pixel + block.last, Number(0));
+          const int64_t pitch = z.planes ? block.length() : wide;
+          Number *const written = to + samples[g].first * pixels * wide;
+          Number *const begin = z.planes ? sums.data() : written + block.first;
+          for (int64_t p = 0; p < samples[g].length() * pixels; p++)
+            std::fill_n(begin + p * pitch, block.length(), Number(0));
           const Number *mixed_of = packed.get() + block.first * count * deep * z.kernels;
           for (const Tap &tap : taps)
             for (const Range &depth : depths) {
               for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
-                const int64_t first = samples[g].first + some.first, size = depth.length() * block.length();
+                const int64_t first = samples[g].first + some.first;
                 for_samples(some.length(), [&](auto S) {
                   mix<S>(routing + first * z.kernels, mixed_of, depth.length(), block.length(), kernels.data());
                 });
                 for (int64_t s = 0; s < some.length(); s++)
-                  add_up(from + (first + s) * read + depth.first, deep, tap, kernels.data() + s * size, depth.length(),
-                         block.length(), columns, to + (first + s) * written + block.first, wide, back);
+                  add_up(map_of(from + (first + s) * read, deep, back ? outputs : inputs).from(depth.first), tap,
+                         kernels.data() + s * depth.length() * block.length(), depth.length(), block.length(), columns,
+                         begin + (some.first + s) * pixels * pitch, pitch, back);
               }
               mixed_of += depth.length() * z.kernels * block.length();
             }
+          for (int64_t s = 0; z.planes && s < samples[g].length(); s++)
+            transpose(begin + s * pixels * pitch, pitch, pixels, pitch, written + (s * wide + block.first) * pixels,
+                      pixels);
         }
     }
   }
@@ -206,7 +214,7 @@ template <typename Number> class Mixed {
       Work work;
       work.kernels.resize(TOGETHER * BLOCK * BLOCK);
       work.sums.resize(z.kernels * count * std::min(BLOCK, z.in_channels) * std::min(BLOCK, z.out_channels));
-      if (count > 1 && blocks.size() > 1) work.copy.resize(fitting * outputs * BLOCK);
+      if (z.planes || (count > 1 && blocks.size() > 1)) work.copy.resize(fitting * outputs * BLOCK);
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], false, packed.get());
@@ -233,11 +241,16 @@ template <typename Number> class Mixed {
     std::vector<Number> kernels, sums, copy;
   };
 
-  struct Pixels {
+  // A sample's map, and how far one pixel and one channel lie from the next.
+  struct Map {
     const Number *begin;
-    int64_t pitch;
-    Pixels from(int64_t pixel) const { return {begin + pixel * pitch, pitch}; }
+    int64_t pixel, channel;
+    Map from(int64_t first) const { return {begin + first * channel, pixel, channel}; }
   };
+
+  Map map_of(const Number *begin, int64_t channels, int64_t pixels) const {
+    return {begin, z.planes ? 1 : channels, z.planes ? pixels : 1};
+  }
 
   // Columns of a block that are summed at once, and in how many sums.
   struct Columns {
@@ -249,16 +262,21 @@ template <typename Number> class Mixed {
   void sum_up(Range samples, Range depth, Range block, const Number *grad, const Number *input, const Number *routing,
               const Number *packed, Work &work, Number *shares) const {
     const auto columns = columns_of(block.length());
-    const Pixels pixels = {input + samples.first * inputs * z.in_channels + depth.first, z.in_channels};
-    const Pixels positions = {grad + samples.first * outputs * z.out_channels, z.out_channels};
-    const Pixels near = part_of(positions, samples.length() * outputs, block, work.copy);
+    const bool copied = !work.copy.empty();
+    grad += samples.first * outputs * z.out_channels;
+    for (int64_t s = 0; copied && s < samples.length(); s++)
+      take(map_of(grad + s * outputs * z.out_channels, z.out_channels, outputs).from(block.first), outputs,
+           block.length(), work.copy.data() + s * outputs * block.length());
+    const Number *positions = copied ? work.copy.data() : grad + block.first;
+    const int64_t pitch = copied ? block.length() : z.out_channels;
     const int64_t size = depth.length() * block.length();
     for (int64_t t = 0; t < count; t++) {
       const int64_t row = block.first * count * z.in_channels + (t * z.in_channels + depth.first) * block.length();
       for (const Range &some : parts_of(samples.length(), TOGETHER)) {
         std::fill_n(work.kernels.begin(), some.length() * size, Number(0));
         for (int64_t s = some.first; s < some.last; s++)
-          multiply(pixels.from(s * inputs), depth.length(), near.from(s * outputs), block.length(), columns, taps[t],
+          multiply(map_of(input + (samples.first + s) * inputs * z.in_channels, z.in_channels, inputs).from(depth.first),
+                   depth.length(), positions + s * outputs * pitch, pitch, block.length(), columns, taps[t],
                    work.kernels.data() + (s - some.first) * size);
         const int64_t first = (samples.first + some.first) * z.kernels;
         for_samples(some.length(), [&](auto S) {
@@ -294,12 +312,10 @@ template <typename Number> class Mixed {
               weight[w * step + d * count + t] = from[(t * depth.length() + d) * z.kernels * block.length() + w];
   }
 
-  // Some channels of so many pixels, copied side by side where they are read several times.
-  Pixels part_of(Pixels all, int64_t pixels, Range channels, std::vector<Number> &copy) const {
-    if (count == 1 || channels.length() == all.pitch) return {all.begin + channels.first, all.pitch};
-    for (int64_t p = 0; p < pixels; p++)
-      std::copy_n(all.from(p).begin + channels.first, channels.length(), copy.data() + p * channels.length());
-    return {copy.data(), channels.length()};
+  // Copy some channels of a map to where they lie pixel by pixel.
+  void take(Map map, int64_t pixels, int64_t width, Number *to) const {
+    if (z.planes) return transpose(map.begin, map.channel, width, pixels, to, width);
+    for (int64_t p = 0; p < pixels; p++) std::copy_n(map.begin + p * map.pixel, width, to + p * width);
   }
 
   // Mix a block of the kernels of S samples.
@@ -360,19 +376,19 @@ template <typename Number> class Mixed {
   }
 
   // Add to a sample's map what a block of one tap gives.
-  void add_up(const Number *from, int64_t from_pitch, const Tap &tap, const Number *kernel, int64_t deep,
-              int64_t width, const std::vector<Columns> &columns, Number *to, int64_t to_pitch, bool back) const {
-    const int64_t from_step = back ? from_pitch : z.right * from_pitch, to_step = back ? z.right * to_pitch : to_pitch;
+  void add_up(Map from, const Tap &tap, const Number *kernel, int64_t deep, int64_t width,
+              const std::vector<Columns> &columns, Number *to, int64_t pitch, bool back) const {
+    const int64_t from_step = back ? from.pixel : z.right * from.pixel, to_step = back ? z.right * pitch : pitch;
     for (const auto &[some, most] : columns) {
       const int64_t length = tap.columns.length(), tiles = (length + most - 1) / most;
       for (int64_t r = 0; r < tap.rows.length(); r++) {
         const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
         const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
-        const Number *numbers = from + (back ? position : pixel) * from_pitch;
-        Number *sums = to + (back ? pixel : position) * to_pitch + some.first;
+        const Number *numbers = from.begin + (back ? position : pixel) * from.pixel;
+        Number *sums = to + (back ? pixel : position) * pitch + some.first;
         for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
           last = length * (tile + 1) / tiles;
-          adding<Number>(last - first, some.length())({numbers + first * from_step, from_step, 1, 0},
+          adding<Number>(last - first, some.length())({numbers + first * from_step, from_step, from.channel, 0},
                                                       {kernel + some.first, width, 0}, {1, deep, some.length()},
                                                       sums + first * to_step, to_step);
         }
@@ -381,8 +397,8 @@ template <typename Number> class Mixed {
   }
 
   // Multiply what a tap sees with the output's gradient, a few rows at a time, which stay in the nearest cache.
-  void multiply(Pixels input, int64_t deep, Pixels grad, int64_t width, const std::vector<Columns> &columns,
-                const Tap &tap, Number *kernel) const {
+  void multiply(Map input, int64_t deep, const Number *grad, int64_t pitch, int64_t width,
+                const std::vector<Columns> &columns, const Tap &tap, Number *kernel) const {
     const int64_t length = tap.columns.length();
     if (length == 0) return;
     const int64_t lines = std::max<int64_t>(1, NEAR_POSITIONS / length);
@@ -393,8 +409,9 @@ template <typename Number> class Mixed {
         for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
           last = deep * (tile + 1) / tiles;
           adding<Number>(last - first, some.length())(
-              {input.begin + pixel * input.pitch + first, 1, z.right * input.pitch, z.down * z.width * input.pitch},
-              {grad.begin + position * grad.pitch + some.first, grad.pitch, z.columns * grad.pitch},
+              {input.begin + pixel * input.pixel + first * input.channel, input.channel, z.right * input.pixel,
+               z.down * z.width * input.pixel},
+              {grad + position * pitch + some.first, pitch, z.columns * pitch},
               {std::min(lines, tap.rows.length() - r), length, some.length()}, kernel + first * width + some.first,
               width);
         }

@@ -54,36 +54,33 @@ def numbers_held(weight: tuple[int, ...], training: bool) -> int:
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     size = input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)
-    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
-    pixels, routing, weight = _pixel_by_pixel(input), routing.contiguous(), weight.contiguous()
-    call("mixed_forward", _sizes_of(input, weight, geometry), pixels, routing, weight, output)
-    return output.contiguous(memory_format=format_of(input))
+    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=format_of(input))
+    input, routing, weight = input.contiguous(memory_format=format_of(input)), routing.contiguous(), weight.contiguous()
+    call("mixed_forward", _sizes_of(input, weight, geometry), input, routing, weight, output)
+    return output
 
 
 def _backward(
     grad: Tensor, input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry, needed: list[bool]
 ) -> list[Tensor]:
-    grad, pixels = _pixel_by_pixel(grad), _pixel_by_pixel(input)
+    format = format_of(input)
+    grad, input = grad.contiguous(memory_format=format), input.contiguous(memory_format=format)
     routing, weight = routing.contiguous(), weight.contiguous()
     gradients: list[Tensor] = []
     if needed[0]:
-        input_grad = torch.empty_like(input, memory_format=torch.channels_last)
+        input_grad = torch.empty_like(input, memory_format=format)
         call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, input_grad)
-        gradients.append(input_grad.contiguous(memory_format=format_of(input)))
+        gradients.append(input_grad)
     if needed[1] or needed[2]:
         blocks = math.prod(-(-channels // BLOCK) for channels in weight.shape[1:3])
         parts = _parts(blocks, weight.numel(), len(input), torch.get_num_threads())
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
         sizes = _sizes_of(input, weight, geometry, parts)
-        call("mixed_differentiate", sizes, grad, pixels, routing, weight, shares, sums)
+        call("mixed_differentiate", sizes, grad, input, routing, weight, shares, sums)
         gradients += [shares.sum(0)] if needed[1] else []
         gradients += [] if sums is None else [sums.sum(0) if parts > 1 else sums[0]]
     return gradients
-
-
-def _pixel_by_pixel(map: Tensor) -> Tensor:
-    return map.contiguous(memory_format=torch.channels_last)
 
 
 def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
@@ -93,17 +90,18 @@ def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
 
 
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:
-    return _sizes(input.shape, weight.shape, geometry, parts, torch.get_num_threads())
+    planes = format_of(input) == torch.contiguous_format
+    return _sizes(input.shape, weight.shape, geometry, planes, parts, torch.get_num_threads())
 
 
 @remembered
-def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, parts: int, threads: int) -> Any:
+def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int) -> Any:
     """Give the ``Sizes`` of the library."""
     samples, *map_ = input
     kernels, out_channels, _, *kernel = weight
     stride, padding, dilation, _ = geometry
     sizes = [samples, kernels, *map_, out_channels, *positions(input, weight, geometry), *kernel]
-    sizes += [*stride, *padding, *dilation, parts, threads]
+    sizes += [*stride, *padding, *dilation, planes, parts, threads]
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
