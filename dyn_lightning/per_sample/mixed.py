@@ -97,10 +97,13 @@ def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1)
 @remembered
 def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int) -> Any:
     """Give the ``Sizes`` of the library."""
-    samples, *map_ = input
+    samples, in_channels, *pixels = input
     kernels, out_channels, _, *kernel = weight
     stride, padding, dilation, _ = geometry
-    sizes = [samples, kernels, *map_, out_channels, *positions(input, weight, geometry), *kernel]
+    outputs = list(positions(input, weight, geometry))
+    if kernel == [1, 1] and outputs == pixels:
+        outputs = pixels = [1, math.prod(pixels)]  # a long row is divided better than several short ones
+    sizes = [samples, kernels, in_channels, *pixels, out_channels, *outputs, *kernel]
     sizes += [*stride, *padding, *dilation, planes, parts, threads]
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
