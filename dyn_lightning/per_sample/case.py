@@ -113,7 +113,7 @@ class Case(NamedTuple):
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied
-        cpp = numbers_held(self.weight, self.training) + (0 if self.channels_last else pixels + outputs)
+        cpp = numbers_held(self.weight, self.training) + copied
         if not self.channels_last or self.is_ours():
             return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture, "cpp": cpp}
         # What comes out contiguous is copied; a product's K kernels are transposed.

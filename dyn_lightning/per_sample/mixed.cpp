@@ -1,10 +1,9 @@
-// Convolution with kernels mixed for each sample, and its gradients, of maps that lie pixel by pixel. Of the mixed
-// kernels there is one block at a time, of some input and output channels at one place of the kernel: it is mixed into
-// a near cache, multiplied with whole maps, and forgotten.
+// Convolution with kernels mixed for each sample, and its gradients. Of the mixed kernels there is one block at a time,
+// of some input and output channels at one place of the kernel: it is mixed into a near cache, multiplied with whole
+// maps, and forgotten. Sums lie pixel by pixel, and are turned round for maps that lie channel by channel.
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -18,9 +17,9 @@ namespace {
 constexpr int64_t BLOCK = 64;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
-// What fits into the nearest cache, of positions of a map and of rows of some samples' blocks; bytes of maps that fit
-// into the next one, and into the part of the last one that a thread can count on.
-constexpr int64_t NEAR_POSITIONS = 64, NEAR_ROWS = 16, NEXT = 1 << 19, LAST = 1 << 22;
+// Rows of some samples' blocks that fit into the nearest cache; bytes of maps that fit into the next one, and into the
+// part of the last one that a thread can count on.
+constexpr int64_t NEAR_ROWS = 16, NEXT = 1 << 19, LAST = 1 << 22;
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
@@ -111,9 +110,11 @@ template <typename Number> Add<Number> adding(int64_t sums, int64_t width) {
   const int64_t vectors = (width + LANES<Number> - 1) / LANES<Number>;
   const auto most = std::make_integer_sequence<int, SUMS>();
   const auto more = std::make_integer_sequence<int, MORE_SUMS>();
-  if (VECTORS == 4 && vectors == 4) return of_vectors<Number, 4>(sums, most);
-  if (VECTORS == 4 && vectors == 3) return of_vectors<Number, 3>(sums, more);
-  if (VECTORS == 4 && vectors == 2) return of_vectors<Number, 2>(sums, more);
+  if constexpr (VECTORS == 4) {
+    if (vectors == 4) return of_vectors<Number, 4>(sums, most);
+    if (vectors == 3) return of_vectors<Number, 3>(sums, more);
+    if (vectors == 2) return of_vectors<Number, 2>(sums, more);
+  }
   return vectors == 2 ? of_vectors<Number, 2>(sums, most) : of_vectors<Number, 1>(sums, more);
 }
 
@@ -150,10 +151,11 @@ template <typename Number> class Mixed {
   }
 
   // From input to output, or back from the output's gradient to the input's.
-  void convolve(const Number *from, const Number *routing, const Number *weight, Number *to, bool back) const {
+  void convolve(const Number *from, const Number *routing, const Number *weight, Number *ordered, Number *to,
+                bool back) const {
     const int64_t deep = back ? z.out_channels : z.in_channels, wide = back ? z.in_channels : z.out_channels;
     const int64_t pixels = back ? inputs : outputs, read = (back ? outputs : inputs) * deep;
-    const auto blocks = parts_of(wide, BLOCK, LANES), depths = parts_of(deep, BLOCK);
+    const auto blocks = parts_of(wide, BLOCK, LANES);
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
     const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
@@ -161,25 +163,25 @@ template <typename Number> class Mixed {
     const int64_t groups = (z.threads + used - 1) / used, share = (z.samples + groups - 1) / groups;
     const int64_t most = std::max<int64_t>(1, std::min(fitting, share));
     const auto samples = parts_of(z.samples, most);
-    const std::unique_ptr<Number[]> packed(new Number[z.kernels * weights]);
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK), sums;  // of maps that lie channel by channel
       if (z.planes) sums.resize(most * pixels * std::min(BLOCK, wide));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
-        for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], back, packed.get());
+        for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], back, ordered);
 #pragma omp for collapse(2)
       for (size_t g = 0; g < samples.size(); g++)
         for (size_t b = 0; b < blocks.size(); b++) {
           const Range block = blocks[b];
           const auto columns = columns_of(block.length());
+          const auto depths = parts_of(deep, BLOCK * BLOCK / block.length());
           const int64_t pitch = z.planes ? block.length() : wide;
           Number *const written = to + samples[g].first * pixels * wide;
           Number *const begin = z.planes ? sums.data() : written + block.first;
           for (int64_t p = 0; p < samples[g].length() * pixels; p++)
             std::fill_n(begin + p * pitch, block.length(), Number(0));
-          const Number *mixed_of = packed.get() + block.first * count * deep * z.kernels;
+          const Number *mixed_of = ordered + block.first * count * deep * z.kernels;
           for (const Tap &tap : taps)
             for (const Range &depth : depths) {
               for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
@@ -204,20 +206,19 @@ template <typename Number> class Mixed {
   // Gives (blocks of a kernel, samples, kernels), to be summed over the blocks, and, unless that is null, (parts,
   // kernels, out_channels, in_channels, kernel_rows, kernel_columns), to be summed over the parts of the samples.
   void differentiate(const Number *grad, const Number *input, const Number *routing, const Number *weight,
-                     Number *routing_grad, Number *weight_grad) const {
+                     Number *ordered, Number *routing_grad, Number *weight_grad) const {
     const auto blocks = parts_of(z.out_channels, BLOCK, LANES), depths = parts_of(z.in_channels, BLOCK);
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
     const int64_t fitting = std::max<int64_t>(1, NEXT / int64_t(sizeof(Number)) / ((inputs + outputs) * BLOCK));
-    const std::unique_ptr<Number[]> packed(new Number[z.kernels * weights]);
 #pragma omp parallel num_threads(z.threads)
     {
       Work work;
       work.kernels.resize(TOGETHER * BLOCK * BLOCK);
       work.sums.resize(z.kernels * count * std::min(BLOCK, z.in_channels) * std::min(BLOCK, z.out_channels));
-      if (z.planes || (count > 1 && blocks.size() > 1)) work.copy.resize(fitting * outputs * BLOCK);
+      if (z.planes || blocks.size() > 1) work.copy.resize(fitting * outputs * BLOCK);
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
-        for (int64_t k = 0; k < z.kernels; k++) pack(weight, k, blocks[b], false, packed.get());
+        for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], false, ordered);
 #pragma omp for collapse(3)
       for (int64_t part = 0; part < z.parts; part++)
         for (size_t d = 0; d < depths.size(); d++)
@@ -228,9 +229,9 @@ template <typename Number> class Mixed {
             if (part < int64_t(samples.size()))
               for (const Range &some : parts_of(samples[part].length(), fitting)) {
                 const Range these = {samples[part].first + some.first, samples[part].first + some.last};
-                sum_up(these, depth, block, grad, input, routing, packed.get(), work, shares);
+                sum_up(these, depth, block, grad, input, routing, ordered, work, shares);
               }
-            if (weight_grad) unpack(work.sums.data(), depth, block, weight_grad + part * z.kernels * weights);
+            if (weight_grad) order_back(work.sums.data(), depth, block, weight_grad + part * z.kernels * weights);
           }
     }
   }
@@ -260,7 +261,7 @@ template <typename Number> class Mixed {
 
   // Add a block's gradients of some samples to the sums, and to each sample's shares of the kernels.
   void sum_up(Range samples, Range depth, Range block, const Number *grad, const Number *input, const Number *routing,
-              const Number *packed, Work &work, Number *shares) const {
+              const Number *ordered, Work &work, Number *shares) const {
     const auto columns = columns_of(block.length());
     const bool copied = !work.copy.empty();
     grad += samples.first * outputs * z.out_channels;
@@ -280,7 +281,7 @@ template <typename Number> class Mixed {
                    work.kernels.data() + (s - some.first) * size);
         const int64_t first = (samples.first + some.first) * z.kernels;
         for_samples(some.length(), [&](auto S) {
-          unmix<S>(work.kernels.data(), depth.length(), block.length(), routing + first, packed + row * z.kernels,
+          unmix<S>(work.kernels.data(), depth.length(), block.length(), routing + first, ordered + row * z.kernels,
                    shares + first, work.sums.data() + t * size * z.kernels);
         });
       }
@@ -288,7 +289,7 @@ template <typename Number> class Mixed {
   }
 
   // Order a kernel's weights as (blocks of to's channels, taps, from's channels, kernels, channels of the block).
-  void pack(const Number *weight, int64_t kernel, Range block, bool back, Number *to) const {
+  void order(const Number *weight, int64_t kernel, Range block, bool back, Number *to) const {
     const int64_t deep = back ? z.out_channels : z.in_channels;
     const int64_t wide_step = (back ? 1 : z.in_channels) * count, deep_step = (back ? z.in_channels : 1) * count;
     weight += kernel * weights + block.first * wide_step;
@@ -301,7 +302,7 @@ template <typename Number> class Mixed {
   }
 
   // The other way round, from the block of all kernels.
-  void unpack(const Number *from, Range depth, Range block, Number *weight) const {
+  void order_back(const Number *from, Range depth, Range block, Number *weight) const {
     const int64_t step = z.in_channels * count;
     weight += block.first * step + depth.first * count;
     for (int64_t k = 0; k < z.kernels; k++, weight += weights, from += block.length())
@@ -396,26 +397,20 @@ template <typename Number> class Mixed {
     }
   }
 
-  // Multiply what a tap sees with the output's gradient, a few rows at a time, which stay in the nearest cache.
+  // Multiply what a tap sees of a sample with the output's gradient.
   void multiply(Map input, int64_t deep, const Number *grad, int64_t pitch, int64_t width,
                 const std::vector<Columns> &columns, const Tap &tap, Number *kernel) const {
-    const int64_t length = tap.columns.length();
-    if (length == 0) return;
-    const int64_t lines = std::max<int64_t>(1, NEAR_POSITIONS / length);
-    for (int64_t r = 0; r < tap.rows.length(); r += lines) {
-      const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
-      const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
-      for (const auto &[some, most] : columns)
-        for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
-          last = deep * (tile + 1) / tiles;
-          adding<Number>(last - first, some.length())(
-              {input.begin + pixel * input.pixel + first * input.channel, input.channel, z.right * input.pixel,
-               z.down * z.width * input.pixel},
-              {grad + position * pitch + some.first, pitch, z.columns * pitch},
-              {std::min(lines, tap.rows.length() - r), length, some.length()}, kernel + first * width + some.first,
-              width);
-        }
-    }
+    const int64_t pixel = tap.row * z.width + tap.column;
+    const int64_t position = tap.rows.first * z.columns + tap.columns.first;
+    for (const auto &[some, most] : columns)
+      for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
+        last = deep * (tile + 1) / tiles;
+        adding<Number>(last - first, some.length())(
+            {input.begin + pixel * input.pixel + first * input.channel, input.channel, z.right * input.pixel,
+             z.down * z.width * input.pixel},
+            {grad + position * pitch + some.first, pitch, z.columns * pitch},
+            {tap.rows.length(), tap.columns.length(), some.length()}, kernel + first * width + some.first, width);
+      }
   }
 };
 
@@ -423,17 +418,17 @@ template <typename Number> class Mixed {
 
 #define FUNCTIONS(name, Number)                                                                                  \
   extern "C" void mixed_forward_##name(const Sizes *sizes, const Number *input, const Number *routing,           \
-                                       const Number *weight, Number *output) {                                   \
-    Mixed<Number>(*sizes).convolve(input, routing, weight, output, false);                                       \
+                                       const Number *weight, Number *ordered, Number *output) {                  \
+    Mixed<Number>(*sizes).convolve(input, routing, weight, ordered, output, false);                              \
   }                                                                                                              \
   extern "C" void mixed_backward_##name(const Sizes *sizes, const Number *grad, const Number *routing,           \
-                                        const Number *weight, Number *input_grad) {                              \
-    Mixed<Number>(*sizes).convolve(grad, routing, weight, input_grad, true);                                     \
+                                        const Number *weight, Number *ordered, Number *input_grad) {             \
+    Mixed<Number>(*sizes).convolve(grad, routing, weight, ordered, input_grad, true);                            \
   }                                                                                                              \
   extern "C" void mixed_differentiate_##name(const Sizes *sizes, const Number *grad, const Number *input,        \
-                                             const Number *routing, const Number *weight, Number *routing_grad,  \
-                                             Number *weight_grad) {                                              \
-    Mixed<Number>(*sizes).differentiate(grad, input, routing, weight, routing_grad, weight_grad);                \
+                                             const Number *routing, const Number *weight, Number *ordered,       \
+                                             Number *routing_grad, Number *weight_grad) {                        \
+    Mixed<Number>(*sizes).differentiate(grad, input, routing, weight, ordered, routing_grad, weight_grad);       \
   }
 
 FUNCTIONS(float32, float)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import format_of
+from dyn_lightning.per_sample.layout import empty_output, format_of
 from dyn_lightning.per_sample.methods import mixing_operation
 from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.tracing import is_watched, remembered
@@ -48,15 +48,15 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
 
 
 def numbers_held(weight: tuple[int, ...], training: bool) -> int:
-    """Numbers that are held beside maps in channels_last: the kernels in another order, or sums of their gradients."""
-    return max(math.prod(weight), MOST_IN_PARTS if training else 0)
+    """Numbers that are held beside dense maps: the kernels in another order, and sums of their gradients."""
+    return math.prod(weight) + (MOST_IN_PARTS if training else 0)
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    size = input.shape[0], weight.shape[1], *positions(input.shape, weight.shape, geometry)
-    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=format_of(input))
+    output = empty_output(input, weight.shape[1], weight, geometry)
     input, routing, weight = input.contiguous(memory_format=format_of(input)), routing.contiguous(), weight.contiguous()
-    call("mixed_forward", _sizes_of(input, weight, geometry), input, routing, weight, output)
+    ordered = torch.empty_like(weight)
+    call("mixed_forward", _sizes_of(input, weight, geometry), input, routing, weight, ordered, output)
     return output
 
 
@@ -66,10 +66,10 @@ def _backward(
     format = format_of(input)
     grad, input = grad.contiguous(memory_format=format), input.contiguous(memory_format=format)
     routing, weight = routing.contiguous(), weight.contiguous()
-    gradients: list[Tensor] = []
+    ordered, gradients = torch.empty_like(weight), list[Tensor]()
     if needed[0]:
         input_grad = torch.empty_like(input, memory_format=format)
-        call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, input_grad)
+        call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, ordered, input_grad)
         gradients.append(input_grad)
     if needed[1] or needed[2]:
         blocks = math.prod(-(-channels // BLOCK) for channels in weight.shape[1:3])
@@ -77,7 +77,7 @@ def _backward(
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
         sizes = _sizes_of(input, weight, geometry, parts)
-        call("mixed_differentiate", sizes, grad, input, routing, weight, shares, sums)
+        call("mixed_differentiate", sizes, grad, input, routing, weight, ordered, shares, sums)
         gradients += [shares.sum(0)] if needed[1] else []
         gradients += [] if sums is None else [sums.sum(0) if parts > 1 else sums[0]]
     return gradients

@@ -50,7 +50,7 @@ def is_watched(*tensors: Tensor) -> bool:
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     if modes > 0 or torch.autograd._profiler_enabled() or is_transformed():
         return True
-    return any(type(tensor) is not Tensor or _dispatched_by(tensor) not in PLAIN for tensor in tensors)
+    return any(type(tensor) not in TYPES or _dispatched_by(tensor) not in PLAIN for tensor in tensors)
 
 
 def _dispatched_by(tensor: Tensor) -> int:
@@ -65,7 +65,7 @@ def _plain() -> set[int]:
         return {_dispatched_by(torch.empty(0, device="cpu")), _dispatched_by(of_inference)}
 
 
-PLAIN = _plain()
+PLAIN, TYPES = _plain(), (Tensor, torch.nn.Parameter)
 
 
 def in_function_transform() -> bool:

@@ -324,7 +324,7 @@ class TestAuto:
             by_cpp(*draw())
 
     def test_but_not_where_its_memory_is_not_allowed(self, case: Callable[..., str]) -> None:
-        needed = 4 * mixed.MOST_IN_PARTS  # sums of gradients, of which the weights' are fewer
+        needed = 4 * (4 * 256 * 256 * 9 + mixed.MOST_IN_PARTS)  # kernels in another order, and sums of gradients
         assert [case(max_mixed_bytes=2 * needed + less) for less in (0, -1)] == ["cpp", "chunked"]
 
     @pytest.mark.parametrize("strict", [True, False])
