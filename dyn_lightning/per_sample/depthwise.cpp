@@ -8,6 +8,9 @@
 
 #include "vectors.h"
 
+// What only fetches: the compiler takes a call that is left for one without an effect.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 struct Sizes {  // in the order in which Python gives them
@@ -80,7 +83,7 @@ void narrow(const float *from, int64_t count, BFloat16 *to) {
 
 // Let the cache fetch what the next plane has in the place of a row, or gets there, while this one's is computed. By
 // number, since after the last plane there is none.
-template <typename Pixel> inline void fetch(const Pixel *row, int64_t plane, int64_t count) {
+template <typename Pixel> ALWAYS_INLINE void fetch(const Pixel *row, int64_t plane, int64_t count) {
   const uintptr_t next = uintptr_t(row) + plane * sizeof(Pixel);
   const uintptr_t end = next + count * sizeof(Pixel);
   for (uintptr_t line = next; line < end; line += 64) __builtin_prefetch((const void *)line, 0, 2);
@@ -272,42 +275,65 @@ template <typename Pixel> class PlaneByPlane {
 // skipped, as torch skips it.
 template <typename Pixel> class PixelByPixel {
   using Number = typename Computed<Pixel>::Number;
-  static constexpr int LANES = ::LANES<Number>;
+  static constexpr int LANES = ::LANES<Number>, TOGETHER = 8;  // columns of a run
   using Vector = ::Vector<Number>;
 
   struct Meeting {
     int64_t weight, place;  // which row or column of the kernel, and where on the other side
+    bool operator==(const Meeting &other) const { return weight == other.weight && place == other.place; }
   };
   using Meetings = std::vector<std::vector<Meeting>>;  // of each row or column of one side
+
+  // Columns, `step` apart, that meet the same weights, at places `met_step` apart. `met` is what the first one meets,
+  // and [begin, end) are its places, as far as those are not the next one's too.
+  struct Run {
+    int64_t first, count;
+    std::vector<Meeting> met;
+    int64_t begin, end;
+  };
+  struct Side {
+    int64_t width, met_width, step, met_step;
+    Meetings rows;
+    std::vector<Run> runs;
+    int64_t met_height;
+    std::vector<int64_t> reached;  // rows of the other side up to the last that each row, or one before it, meets
+
+    // The same for a row that may be one of the next sample.
+    int64_t reach(int64_t row) const {
+      const int64_t height = reached.size();
+      return row / height * met_height + reached[row % height];
+    }
+  };
 
   const Sizes &z;
   const int64_t weights = z.kernel_rows * z.kernel_columns;
   const int64_t vectors = (z.channels + LANES - 1) / LANES, pitch = vectors * LANES;
-  Meetings rows, columns, rows_back, columns_back;
+  Side output, input;
   std::vector<int64_t> first;  // channel of each vector
 
  public:
   explicit PixelByPixel(const Sizes &sizes) : z(sizes) {
-    rows = meetings(z.rows, z.down, z.above, z.kernel_rows, z.dilation_rows, z.height);
-    columns = meetings(z.columns, z.right, z.left, z.kernel_columns, z.dilation_columns, z.width);
-    rows_back = turned(rows, z.height), columns_back = turned(columns, z.width);
+    const auto rows = meetings(z.rows, z.down, z.above, z.kernel_rows, z.dilation_rows, z.height);
+    const auto columns = meetings(z.columns, z.right, z.left, z.kernel_columns, z.dilation_columns, z.width);
+    output = side(z.columns, z.width, 1, z.right, rows, columns, z.height);
+    input = side(z.width, z.columns, z.right, 1, turned(rows, z.height), turned(columns, z.width), z.rows);
     for (int64_t v = 0; v < vectors; v++) first.push_back(std::min(v * LANES, z.channels - LANES));
   }
 
-  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
+  void forward(Pixel *to, const Pixel *from, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> kernel(weights * pitch);
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
         lay_out(kernels + s * z.channels * weights, kernel.data());
-        add_up(input + s * inputs(), z.width, rows, columns, kernel.data(), output + s * outputs());
+        add_up(from + s * inputs(), output, kernel.data(), to + s * outputs());
       }
     }
   }
 
   // What is not wanted is null.
-  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
+  void backward(const Pixel *grad, const Pixel *map, const Pixel *kernels, Pixel *input_grad,
                 Pixel *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
@@ -316,12 +342,12 @@ template <typename Pixel> class PixelByPixel {
       for (int64_t s = 0; s < z.samples; s++) {
         const Pixel *from = grad + s * outputs();
         if (kernels_grad) {
-          multiply(input + s * inputs(), from, kernel.data());
+          multiply(map + s * inputs(), from, kernel.data());
           lay_back(kernel.data(), kernels_grad + s * z.channels * weights);
         }
         if (input_grad) {
           lay_out(kernels + s * z.channels * weights, kernel.data());
-          add_up(from, z.columns, rows_back, columns_back, kernel.data(), input_grad + s * inputs());
+          add_up(from, input, kernel.data(), input_grad + s * inputs());
         }
       }
     }
@@ -364,58 +390,88 @@ template <typename Pixel> class PixelByPixel {
           narrow(kernel + w * pitch + v * LANES + lane, 1, kernels + (first[v] + lane) * weights + w);
   }
 
-  // Give each pixel of a map the sum of those that it meets, each times a weight.
-  void add_up(const Pixel *from, int64_t width, const Meetings &rows, const Meetings &columns, const Number *kernel,
-              Pixel *to) const {
-    for (const auto &of_row : rows)
-      for (const auto &of_column : columns) {
-        int64_t v = 0;
-        for (; v + 3 < vectors; v += 4) add_up_vectors<4>(from, width, of_row, of_column, kernel, v, to);
-        for (; v < vectors; v++) add_up_vectors<1>(from, width, of_row, of_column, kernel, v, to);
-        to += z.channels;
-      }
-  }
-
-  template <int N>
-  inline void add_up_vectors(const Pixel *from, int64_t width, const std::vector<Meeting> &of_row,
-                             const std::vector<Meeting> &of_column, const Number *kernel, int64_t v, Pixel *to) const {
-    Vector sum[N] = {};
-    for (const Meeting &row : of_row)
-      for (const Meeting &column : of_column) {
-        const Pixel *pixel = from + (row.place * width + column.place) * z.channels;
-        const Number *weight = kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES;
-        for (int n = 0; n < N; n++) sum[n] += load(weight + n * LANES) * load(pixel + first[v + n]);
-      }
-    for (int n = 0; n < N; n++) store(sum[n], to + first[v + n]);
-  }
-
-  // Multiply what each weight sees with the output's gradient, row by row, which stay in the cache.
-  void multiply(const Pixel *input, const Pixel *grad, Number *kernel) const {
-    std::fill(kernel, kernel + weights * pitch, Number(0));
-    for (int64_t r = 0; r < z.rows; r++, grad += z.columns * z.channels)
-      for (const Meeting &row : rows[r]) {
-        const Pixel *pixels = input + row.place * z.width * z.channels;
-        Number *sums = kernel + row.weight * z.kernel_columns * pitch;
-        int64_t v = 0;
-        for (; v + 3 < vectors; v += 4) multiply_vectors<4>(pixels, grad, v, sums);
-        for (; v < vectors; v++) multiply_vectors<1>(pixels, grad, v, sums);
-      }
-  }
-
-  template <int N> inline void multiply_vectors(const Pixel *pixels, const Pixel *grad, int64_t v, Number *sums) const {
-    for (int64_t w = 0; w < z.kernel_columns; w++) {
-      Number *sum = sums + w * pitch + v * LANES;
-      Vector total[N] = {};
-      for (int64_t c = 0; c < z.columns; c++) {
-        const int64_t place = c * z.right - z.left + w * z.dilation_columns;
-        if (place < 0 || place >= z.width) continue;
-        for (int n = 0; n < N; n++) {
-          const int64_t channel = first[v + n];
-          total[n] += load(pixels + place * z.channels + channel) * load(grad + c * z.channels + channel);
-        }
-      }
-      for (int n = 0; n < N; n++) store(load(sum + n * LANES) + total[n], sum + n * LANES);
+  static Side side(int64_t width, int64_t met_width, int64_t step, int64_t met_step, const Meetings &rows,
+                   const Meetings &columns, int64_t met_height) {
+    Side side = {width, met_width, step, met_step, rows, {}, met_height, {}};
+    int64_t known = 0;
+    for (const auto &of_row : rows) {
+      if (!of_row.empty()) known = std::max(known, of_row.back().place + 1);
+      side.reached.push_back(known);
     }
+    auto &found = side.runs;
+    const int64_t count = columns.size();
+    for (int64_t phase = 0; phase < std::min(step, count); phase++)
+      for (int64_t first = phase, next; first < count; first = next) {
+        auto met = columns[first];
+        const auto meets_the_same = [&](int64_t column) {
+          for (Meeting &meeting : met) meeting.place += met_step;
+          return columns[column] == met;
+        };
+        next = first + step;
+        while (next < count && next - first < TOGETHER * step && meets_the_same(next)) next += step;
+        const auto &met_first = columns[first];
+        const int64_t begin = met_first.empty() ? 0 : met_first[0].place;
+        const int64_t end = met_first.empty() ? 0 : std::min(begin + met_step, met_first.back().place + 1);
+        found.push_back({first, (next - first) / step, met_first, begin, end});
+      }
+    return side;
+  }
+
+  // Give each pixel of a side the sum of those that it meets, each times a weight.
+  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to) const {
+    for_runs(from, side, to, [&](auto count, int64_t r, const Run &run, int64_t v) {
+      Vector sum[count] = {};
+      for (const Meeting &row : side.rows[r])
+        for (const Meeting &column : run.met) {
+          const Pixel *pixel = from + (row.place * side.met_width + column.place) * z.channels + first[v];
+          const auto weight = load(kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES);
+#pragma GCC unroll 8
+          for (int i = 0; i < count; i++) sum[i] += weight * load(pixel + i * side.met_step * z.channels);
+        }
+      Pixel *pixel = to + (r * side.width + run.first) * z.channels + first[v];
+#pragma GCC unroll 8
+      for (int i = 0; i < count; i++) store(sum[i], pixel + i * side.step * z.channels);
+    });
+  }
+
+  // Multiply what each weight sees with the output's gradient.
+  void multiply(const Pixel *map, const Pixel *grad, Number *kernel) const {
+    std::fill(kernel, kernel + weights * pitch, Number(0));
+    for_runs(map, output, grad, [&](auto count, int64_t r, const Run &run, int64_t v) {
+      Vector of[count];
+      const Pixel *pixel = grad + (r * z.columns + run.first) * z.channels + first[v];
+#pragma GCC unroll 8
+      for (int i = 0; i < count; i++) of[i] = load(pixel + i * z.channels);
+      for (const Meeting &row : output.rows[r])
+        for (const Meeting &column : run.met) {
+          const Pixel *pixel = map + (row.place * z.width + column.place) * z.channels + first[v];
+          Number *sum = kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES;
+          Vector total = load(sum);
+#pragma GCC unroll 8
+          for (int i = 0; i < count; i++) total += of[i] * load(pixel + i * z.right * z.channels);
+          store(total, sum);
+        }
+    });
+  }
+
+  // Call with each row of a side, its runs, and each vector, and let the cache fetch what the next row needs there.
+  template <typename Function>
+  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Function function) const {
+    for (size_t r = 0; r < side.rows.size(); r++)
+      for (const Run &run : side.runs)
+        for (int64_t v = 0; v < vectors; v++) {
+          fetch_run(of + first[v], (r + 1) * side.width + run.first, run.count, side.step);
+          for (int64_t place = side.reach(r); place < side.reach(r + 1); place++)
+            for (int64_t p = run.begin; p < run.end; p++)
+              fetch_run(from + first[v], place * side.met_width + p, run.count, side.met_step);
+          with_constant<TOGETHER>(run.count, [&](auto count) { function(count, r, run, v); });
+        }
+  }
+
+  ALWAYS_INLINE void fetch_run(const Pixel *map, int64_t pixel, int64_t count, int64_t step) const {
+    uintptr_t line = uintptr_t(map) + pixel * z.channels * sizeof(Pixel);
+    for (int64_t i = 0; i < count; i++, line += step * z.channels * sizeof(Pixel))
+      __builtin_prefetch((const void *)line, 0, 2);
   }
 };
 

@@ -35,6 +35,13 @@ template <typename Number, typename = IfNumber<Number>> inline void store(Vector
   *(typename Vectors<Number>::Unaligned *)to = vector;
 }
 
+// Call with a number up to `most` as one that the compiler knows.
+template <int most, typename Function> inline void with_constant(int64_t number, Function function) {
+  if constexpr (most > 1)
+    if (number < most) return with_constant<most - 1>(number, function);
+  function(std::integral_constant<int, most>());
+}
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define HAS_SHUFFLES
