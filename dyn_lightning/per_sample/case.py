@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dyn_lightning.per_sample.depthwise import is_faster
+from dyn_lightning.per_sample.depthwise import serves
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.methods import mixes_rows, multiplies
 from dyn_lightning.per_sample.mixed import numbers_held, why_not
@@ -49,13 +49,13 @@ class Case(NamedTuple):
         """Whether each group has one input channel."""
         return is_depthwise(self.weight, self.geometry.groups)
 
-    def is_ours(self, within: bool = False) -> bool:
-        """Whether it is a depthwise convolution that is computed in C++; within, if no operation has to be called."""
+    def is_ours(self) -> bool:
+        """Whether it is a depthwise convolution that is computed in C++."""
         if self.device != "cpu" or not self.dense or not self.is_depthwise():
             return False
         kernels = (self.input[0] * self.weight[1], *self.weight[2:])
         layout = "channels_last" if self.channels_last else "contiguous"
-        return is_faster(self.input, kernels, self.geometry, self.dtype, self.training, within, layout)
+        return serves(self.input, kernels, self.geometry, self.dtype, layout)
 
     def is_mixed_in_cpp(self) -> bool:
         """Whether our C++ can compute it with kernels that it mixes block by block."""

@@ -3,8 +3,6 @@
 import math
 from typing import NamedTuple
 
-import torch
-
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
@@ -16,8 +14,6 @@ from dyn_lightning.per_sample.tracing import in_export, in_strict_export
 FETCHED_BYTES, MIXED_BYTES_BY_K, MAPS_BYTES = 40 << 20, 9 << 20, 32 << 20
 # Numbers of one image's unfolded input up to which torch's depthwise convolution takes longer to begin than a product.
 FEW_PATCHES = 60_000
-# From so many weights on, to mix those of one image takes longer than to use all K at a single position.
-MANY_WEIGHTS = 2_000_000
 
 
 class Costs(NamedTuple):
@@ -96,11 +92,8 @@ def choose(case: Case) -> str:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
     first = first if first in within else "chunked"
-    if case.is_depthwise():
+    if case.is_depthwise() or case.input[0] == 1:  # mixed once, the papers' cost: K times fewer multiply-adds
         return first
-    if case.input[0] == 1:  # mixing is the papers' cost, K times fewer multiply-adds
-        many = not case.training and math.prod(case.weight) >= MANY_WEIGHTS
-        return "mixture" if many and case.geometry.groups == 1 == case.positions() else first
     if case.channels_last and not case.is_product() and "cpp" in within:
         first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
     costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
@@ -131,8 +124,7 @@ def chunks_are_faster(case: Case) -> bool:
 
 def multiplies_one(case: Case) -> bool:
     """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
-    asked = case.device == "cpu" and not (case.training or torch.compiler.is_compiling())
-    if asked and (case.channels_last or case.is_ours(within=True)):
+    if case.device == "cpu" and (case.channels_last or case.is_ours()):
         return False
     return case.patches() <= FEW_PATCHES
 

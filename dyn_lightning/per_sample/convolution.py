@@ -35,7 +35,7 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
         outside = in_export() or not input.is_cpu
         return (_as_groups if outside else _convolve)(input, kernels, geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
-    if depthwise.pays(input, kernels, geometry, trained):
+    if depthwise.is_ours(input, kernels, geometry):
         as_operation = trained or is_watched(input, kernels)
         return (_convolve if as_operation else depthwise.forward)(input, kernels, geometry)
     if input.is_contiguous() or not is_convolved_singly(input, _of_one(kernels, input), geometry):
@@ -58,11 +58,11 @@ def gradients(
     Returns:
         What is wanted, in the shapes of input and kernels.
     """
-    if depthwise.is_ours(input, kernels, geometry, training=True):
+    if depthwise.is_ours(input, kernels, geometry):
         return depthwise.backward(grad, input, kernels, geometry, wanted)
     # A copy costs less than torch's slow gradient.
     wide = kernels.shape[3] > depthwise.MOST_COLUMNS
-    if wide and depthwise.is_ours(input, kernels, geometry, training=True, layout="contiguous"):
+    if wide and depthwise.is_ours(input, kernels, geometry, layout="contiguous"):
         return depthwise.backward(grad, input.contiguous(), kernels, geometry, wanted)
     singly = is_convolved_singly(input, _of_one(kernels, input), geometry)
     return (_gradients_singly if singly else _gradients_as_groups)(grad, input, kernels, geometry, wanted)
@@ -132,8 +132,7 @@ def _gradients_as_groups(
 
 
 def _forward(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    # The operation may have been taken for its gradient alone; within it, its call does not count.
-    if depthwise.is_ours(input, kernels, geometry, training=False, within=True):
+    if depthwise.is_ours(input, kernels, geometry):
         return depthwise.forward(input, kernels, geometry)
     singly = is_convolved_singly(input, _of_one(kernels, input), geometry)
     output = (_singly if singly else _as_groups)(input, kernels, geometry)

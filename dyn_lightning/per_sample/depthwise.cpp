@@ -6,41 +6,13 @@
 #include <cstring>
 #include <vector>
 
-#include "vectors.h"
-
-// What only fetches: the compiler takes a call that is left for one without an effect.
-#define ALWAYS_INLINE __attribute__((always_inline)) inline
+#include "pixels.h"
 
 namespace {
-
-struct Sizes {  // in the order in which Python gives them
-  int64_t samples, channels, height, width, rows, columns, kernel_rows, kernel_columns, down, right, above, left,
-      dilation_rows, dilation_columns, threads;
-};
 
 struct Tap {
   int64_t weight, offset;  // which of the kernel's, and how far from the output's position its pixel lies
 };
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <typename Pixel> struct Computed { using Number = Pixel; };
-template <> struct Computed<BFloat16> { using Number = float; };
-typedef uint32_t Bits __attribute__((vector_size(BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
-typedef uint16_t UnalignedHalves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
-
-inline Vector<float> load(const BFloat16 *from) {
-  return (Vector<float>)(__builtin_convertvector(*(const UnalignedHalves *)from, Bits) << 16);
-}
-
-inline void store(Vector<float> vector, BFloat16 *to) {
-  const Bits bits = (Bits)vector, is_nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
-  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
-  *(UnalignedHalves *)to = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
-}
 
 // Copy N to 2 N bytes.
 template <int N> inline void copy_ends(const char *from, int64_t bytes, char *to) {
@@ -50,7 +22,10 @@ template <int N> inline void copy_ends(const char *from, int64_t bytes, char *to
 }
 
 // Rows are short: to call memcpy for each would take longer than all products of a small map.
-inline void copy(const char *from, int64_t bytes, char *to) {
+template <typename Number> void copy(const Number *row, int64_t count, Number *to_row) {
+  int64_t bytes = count * sizeof(Number);
+  const char *from = (const char *)row;
+  char *to = (char *)to_row;
   for (; bytes > 2 * BYTES; bytes -= BYTES, from += BYTES, to += BYTES) copy_ends<BYTES>(from, BYTES, to);
   if (bytes >= BYTES) return copy_ends<BYTES>(from, bytes, to);
   if (bytes >= 32) return copy_ends<32>(from, bytes, to);
@@ -59,34 +34,9 @@ inline void copy(const char *from, int64_t bytes, char *to) {
   if (bytes >= 4) return copy_ends<4>(from, bytes, to);
 }
 
-template <typename Pixel> void widen(const Pixel *from, int64_t count, Pixel *to) {
-  copy((const char *)from, count * sizeof(Pixel), (char *)to);
-}
-
-void widen(const BFloat16 *from, int64_t count, float *to) {
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t bits = uint32_t(from[i].bits) << 16;
-    std::memcpy(to + i, &bits, 4);
-  }
-}
-
-template <typename Pixel> void narrow(const Pixel *from, int64_t count, Pixel *to) { widen(from, count, to); }
-
-void narrow(const float *from, int64_t count, BFloat16 *to) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, 4);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    to[i].bits = is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
-  }
-}
-
-// Let the cache fetch what the next plane has in the place of a row, or gets there, while this one's is computed. By
-// number, since after the last plane there is none.
-template <typename Pixel> ALWAYS_INLINE void fetch(const Pixel *row, int64_t plane, int64_t count) {
-  const uintptr_t next = uintptr_t(row) + plane * sizeof(Pixel);
-  const uintptr_t end = next + count * sizeof(Pixel);
-  for (uintptr_t line = next; line < end; line += 64) __builtin_prefetch((const void *)line, 0, 2);
+// Let the cache fetch what the next plane has in the place of a row, or gets there, while this one's is computed.
+template <typename Number> ALWAYS_INLINE void fetch_row(const Number *row, int64_t plane, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(Number))) fetch(row + i, plane);
 }
 
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
@@ -94,8 +44,7 @@ template <typename Pixel> ALWAYS_INLINE void fetch(const Pixel *row, int64_t pla
 // kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
 // computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
 // numbers may give NaN to more of a gradient here.
-template <typename Pixel> class PlaneByPlane {
-  using Number = typename Computed<Pixel>::Number;
+template <typename Number> class PlaneByPlane {
   static constexpr int LANES = ::LANES<Number>;
   using Vector = ::Vector<Number>;
 
@@ -124,27 +73,27 @@ template <typename Pixel> class PlaneByPlane {
       }
   }
 
-  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
+  void forward(Number *output, const Number *input, const Number *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> map(phases * room), sums(room), row(line()), kernel(weights);
 #pragma omp for
       for (int64_t p = 0; p < planes; p++) {
-        widen(kernels + p * weights, weights, kernel.data());
+        copy(kernels + p * weights, weights, kernel.data());
         split(input + p * inputs, map.data(), row.data());
         add_up(map.data(), seen, kernel.data(), z.rows * pitch, sums.data());
-        Pixel *to = output + p * outputs;
+        Number *to = output + p * outputs;
         for (int64_t r = 0; r < z.rows; r++, to += z.columns) {
-          fetch(to, outputs, z.columns);
-          narrow(sums.data() + r * pitch, z.columns, to);
+          fetch_row(to, outputs, z.columns);
+          copy(sums.data() + r * pitch, z.columns, to);
         }
       }
     }
   }
 
   // What is not wanted is null.
-  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
-                Pixel *kernels_grad) const {
+  void backward(const Number *grad, const Number *input, const Number *kernels, Number *input_grad,
+                Number *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> map(kernels_grad ? phases * room : 0), map_grad(input_grad ? phases * room : 0);
@@ -152,18 +101,18 @@ template <typename Pixel> class PlaneByPlane {
 #pragma omp for
       for (int64_t p = 0; p < planes; p++) {
         Number *sums = sums_grad.data() + front;
-        const Pixel *from = grad + p * outputs;
+        const Number *from = grad + p * outputs;
         for (int64_t r = 0; r < z.rows; r++, from += z.columns) {
-          fetch(from, outputs, z.columns);
-          widen(from, z.columns, sums + r * pitch);
+          fetch_row(from, outputs, z.columns);
+          copy(from, z.columns, sums + r * pitch);
         }
         if (kernels_grad) {
           split(input + p * inputs, map.data(), row.data());
           multiply(map.data(), sums, kernel.data());
-          narrow(kernel.data(), weights, kernels_grad + p * weights);
+          copy(kernel.data(), weights, kernels_grad + p * weights);
         }
         if (input_grad) {
-          widen(kernels + p * weights, weights, kernel.data());
+          copy(kernels + p * weights, weights, kernel.data());
           for (int64_t phase = 0; phase < phases; phase++)
             add_up(sums, giving[phase], kernel.data(), lines * pitch, map_grad.data() + phase * room);
           join(map_grad.data(), input_grad + p * inputs, row_grad.data());
@@ -184,18 +133,18 @@ template <typename Pixel> class PlaneByPlane {
   }
 
   // Lay out a map in phases; what is padding there is zero and stays so.
-  void split(const Pixel *map, Number *phase, Number *row) const {
+  void split(const Number *map, Number *phase, Number *row) const {
     for (int64_t a = 0; a < z.down; a++, phase += z.right * room)
       for (int64_t l = 0; l < lines; l++) {
         const int64_t r = l * z.down + a - z.above;
         if (r < 0 || r >= used_rows()) continue;
         Number *to = phase + l * pitch;
-        fetch(map + r * z.width, inputs, z.width);
+        fetch_row(map + r * z.width, inputs, z.width);
         if (z.right == 1) {
-          widen(map + r * z.width, used(), to + z.left);
+          copy(map + r * z.width, used(), to + z.left);
           continue;
         }
-        widen(map + r * z.width, used(), row + z.left);
+        copy(map + r * z.width, used(), row + z.left);
         if (z.right == 2)
           for (int64_t c = 0; c < pitch; c++) to[c] = row[2 * c], to[room + c] = row[2 * c + 1];
         else
@@ -205,22 +154,22 @@ template <typename Pixel> class PlaneByPlane {
   }
 
   // The other way round, with zeros for what no kernel sees: nothing is written there into the row, which was zero.
-  void join(const Number *phases, Pixel *map, Number *row) const {
+  void join(const Number *phases, Number *map, Number *row) const {
     for (int64_t r = 0; r < z.height; r++, map += z.width) {
       const int64_t l = (r + z.above) / z.down, a = (r + z.above) % z.down;
       const Number *from = phases + a * z.right * room + l * pitch;
-      fetch(map, inputs, z.width);
+      fetch_row(map, inputs, z.width);
       if (l >= lines)
-        std::memset(map, 0, z.width * sizeof(Pixel));
+        std::memset(map, 0, z.width * sizeof(Number));
       else if (z.right == 1 && z.left + z.width <= pitch)
-        narrow(from + z.left, z.width, map);
+        copy(from + z.left, z.width, map);
       else {
         if (z.right == 2)
           for (int64_t c = 0; c < pitch; c++) row[2 * c] = from[c], row[2 * c + 1] = from[room + c];
         else
           for (int64_t b = 0; b < z.right; b++)
             for (int64_t c = 0; c < pitch; c++) row[c * z.right + b] = from[b * room + c];
-        narrow(row + z.left, z.width, map);
+        copy(row + z.left, z.width, map);
       }
     }
   }
@@ -271,224 +220,160 @@ template <typename Pixel> class PlaneByPlane {
   }
 };
 
-// In vectors of channels, of which there must be as many as a vector has; the last two vectors may overlap. Padding is
-// skipped, as torch skips it.
-template <typename Pixel> class PixelByPixel {
+// Maps in channels_last, sample by sample, of at least as many channels as a vector has.
+template <typename Pixel> class SampleBySample {
   using Number = typename Computed<Pixel>::Number;
-  static constexpr int LANES = ::LANES<Number>, TOGETHER = 8;  // columns of a run
-  using Vector = ::Vector<Number>;
-
-  struct Meeting {
-    int64_t weight, place;  // which row or column of the kernel, and where on the other side
-    bool operator==(const Meeting &other) const { return weight == other.weight && place == other.place; }
-  };
-  using Meetings = std::vector<std::vector<Meeting>>;  // of each row or column of one side
-
-  // Columns, `step` apart, that meet the same weights, at places `met_step` apart. `met` is what the first one meets,
-  // and [begin, end) are its places, as far as those are not the next one's too.
-  struct Run {
-    int64_t first, count;
-    std::vector<Meeting> met;
-    int64_t begin, end;
-  };
-  struct Side {
-    int64_t width, met_width, step, met_step;
-    Meetings rows;
-    std::vector<Run> runs;
-    int64_t met_height;
-    std::vector<int64_t> reached;  // rows of the other side up to the last that each row, or one before it, meets
-
-    // The same for a row that may be one of the next sample.
-    int64_t reach(int64_t row) const {
-      const int64_t height = reached.size();
-      return row / height * met_height + reached[row % height];
-    }
-  };
+  static constexpr int64_t LANES = ::LANES<Number>;
 
   const Sizes &z;
-  const int64_t weights = z.kernel_rows * z.kernel_columns;
-  const int64_t vectors = (z.channels + LANES - 1) / LANES, pitch = vectors * LANES;
-  Side output, input;
-  std::vector<int64_t> first;  // channel of each vector
+  const Pixels<Pixel, true> pixels;
+  const int64_t inputs = z.height * z.width * z.channels, outputs = z.rows * z.columns * z.channels;
+  const int64_t weights = z.kernel_rows * z.kernel_columns, numbers = weights * pixels.pitch;
 
  public:
-  explicit PixelByPixel(const Sizes &sizes) : z(sizes) {
-    const auto rows = meetings(z.rows, z.down, z.above, z.kernel_rows, z.dilation_rows, z.height);
-    const auto columns = meetings(z.columns, z.right, z.left, z.kernel_columns, z.dilation_columns, z.width);
-    output = side(z.columns, z.width, 1, z.right, rows, columns, z.height);
-    input = side(z.width, z.columns, z.right, 1, turned(rows, z.height), turned(columns, z.width), z.rows);
-    for (int64_t v = 0; v < vectors; v++) first.push_back(std::min(v * LANES, z.channels - LANES));
-  }
+  explicit SampleBySample(const Sizes &sizes) : z(sizes), pixels(sizes, sizes.channels) {}
 
-  void forward(Pixel *to, const Pixel *from, const Pixel *kernels) const {
+  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernel(weights * pitch);
+      std::vector<Number> kernel(numbers);
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
         lay_out(kernels + s * z.channels * weights, kernel.data());
-        add_up(from + s * inputs(), output, kernel.data(), to + s * outputs());
+        pixels.add_up(input + s * inputs, pixels.output, kernel.data(), output + s * outputs);
       }
     }
   }
 
   // What is not wanted is null.
-  void backward(const Pixel *grad, const Pixel *map, const Pixel *kernels, Pixel *input_grad,
+  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
                 Pixel *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernel(weights * pitch);
+      std::vector<Number> kernel(numbers);
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
-        const Pixel *from = grad + s * outputs();
         if (kernels_grad) {
-          multiply(map + s * inputs(), from, kernel.data());
+          pixels.multiply(input + s * inputs, grad + s * outputs, kernel.data());
           lay_back(kernel.data(), kernels_grad + s * z.channels * weights);
         }
         if (input_grad) {
           lay_out(kernels + s * z.channels * weights, kernel.data());
-          add_up(from, input, kernel.data(), input_grad + s * inputs());
+          pixels.add_up(grad + s * outputs, pixels.input, kernel.data(), input_grad + s * inputs);
         }
       }
     }
   }
 
  private:
-  int64_t inputs() const { return z.height * z.width * z.channels; }
-  int64_t outputs() const { return z.rows * z.columns * z.channels; }
-
-  static Meetings meetings(int64_t outputs, int64_t step, int64_t before, int64_t weights, int64_t dilation,
-                           int64_t inputs) {
-    Meetings found(outputs);
-    for (int64_t o = 0; o < outputs; o++)
-      for (int64_t w = 0; w < weights; w++) {
-        const int64_t place = o * step - before + w * dilation;
-        if (place >= 0 && place < inputs) found[o].push_back({w, place});
-      }
-    return found;
-  }
-
-  static Meetings turned(const Meetings &meetings, int64_t count) {
-    Meetings found(count);
-    for (size_t o = 0; o < meetings.size(); o++)
-      for (const Meeting &met : meetings[o]) found[met.place].push_back({met.weight, int64_t(o)});
-    return found;
-  }
-
   // Lay the weights of a sample's kernels out as maps are, vector by vector.
   void lay_out(const Pixel *kernels, Number *kernel) const {
-    for (int64_t v = 0; v < vectors; v++)
-      for (int64_t lane = 0; lane < LANES; lane++)
-        for (int64_t w = 0; w < weights; w++)
-          widen(kernels + (first[v] + lane) * weights + w, 1, kernel + w * pitch + v * LANES + lane);
+    for (size_t v = 0; v < pixels.first.size(); v++)
+      transpose(kernels + pixels.first[v] * weights, weights, LANES, weights, kernel + v * LANES, pixels.pitch);
   }
 
   void lay_back(const Number *kernel, Pixel *kernels) const {
-    for (int64_t v = 0; v < vectors; v++)
-      for (int64_t lane = 0; lane < LANES; lane++)
-        for (int64_t w = 0; w < weights; w++)
-          narrow(kernel + w * pitch + v * LANES + lane, 1, kernels + (first[v] + lane) * weights + w);
-  }
-
-  static Side side(int64_t width, int64_t met_width, int64_t step, int64_t met_step, const Meetings &rows,
-                   const Meetings &columns, int64_t met_height) {
-    Side side = {width, met_width, step, met_step, rows, {}, met_height, {}};
-    int64_t known = 0;
-    for (const auto &of_row : rows) {
-      if (!of_row.empty()) known = std::max(known, of_row.back().place + 1);
-      side.reached.push_back(known);
-    }
-    auto &found = side.runs;
-    const int64_t count = columns.size();
-    for (int64_t phase = 0; phase < std::min(step, count); phase++)
-      for (int64_t first = phase, next; first < count; first = next) {
-        auto met = columns[first];
-        const auto meets_the_same = [&](int64_t column) {
-          for (Meeting &meeting : met) meeting.place += met_step;
-          return columns[column] == met;
-        };
-        next = first + step;
-        while (next < count && next - first < TOGETHER * step && meets_the_same(next)) next += step;
-        const auto &met_first = columns[first];
-        const int64_t begin = met_first.empty() ? 0 : met_first[0].place;
-        const int64_t end = met_first.empty() ? 0 : std::min(begin + met_step, met_first.back().place + 1);
-        found.push_back({first, (next - first) / step, met_first, begin, end});
-      }
-    return side;
-  }
-
-  // Give each pixel of a side the sum of those that it meets, each times a weight.
-  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to) const {
-    for_runs(from, side, to, [&](auto count, int64_t r, const Run &run, int64_t v) {
-      Vector sum[count] = {};
-      for (const Meeting &row : side.rows[r])
-        for (const Meeting &column : run.met) {
-          const Pixel *pixel = from + (row.place * side.met_width + column.place) * z.channels + first[v];
-          const auto weight = load(kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES);
-#pragma GCC unroll 8
-          for (int i = 0; i < count; i++) sum[i] += weight * load(pixel + i * side.met_step * z.channels);
-        }
-      Pixel *pixel = to + (r * side.width + run.first) * z.channels + first[v];
-#pragma GCC unroll 8
-      for (int i = 0; i < count; i++) store(sum[i], pixel + i * side.step * z.channels);
-    });
-  }
-
-  // Multiply what each weight sees with the output's gradient.
-  void multiply(const Pixel *map, const Pixel *grad, Number *kernel) const {
-    std::fill(kernel, kernel + weights * pitch, Number(0));
-    for_runs(map, output, grad, [&](auto count, int64_t r, const Run &run, int64_t v) {
-      Vector of[count];
-      const Pixel *pixel = grad + (r * z.columns + run.first) * z.channels + first[v];
-#pragma GCC unroll 8
-      for (int i = 0; i < count; i++) of[i] = load(pixel + i * z.channels);
-      for (const Meeting &row : output.rows[r])
-        for (const Meeting &column : run.met) {
-          const Pixel *pixel = map + (row.place * z.width + column.place) * z.channels + first[v];
-          Number *sum = kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES;
-          Vector total = load(sum);
-#pragma GCC unroll 8
-          for (int i = 0; i < count; i++) total += of[i] * load(pixel + i * z.right * z.channels);
-          store(total, sum);
-        }
-    });
-  }
-
-  // Call with each row of a side, its runs, and each vector, and let the cache fetch what the next row needs there.
-  template <typename Function>
-  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Function function) const {
-    for (size_t r = 0; r < side.rows.size(); r++)
-      for (const Run &run : side.runs)
-        for (int64_t v = 0; v < vectors; v++) {
-          fetch_run(of + first[v], (r + 1) * side.width + run.first, run.count, side.step);
-          for (int64_t place = side.reach(r); place < side.reach(r + 1); place++)
-            for (int64_t p = run.begin; p < run.end; p++)
-              fetch_run(from + first[v], place * side.met_width + p, run.count, side.met_step);
-          with_constant<TOGETHER>(run.count, [&](auto count) { function(count, r, run, v); });
-        }
-  }
-
-  ALWAYS_INLINE void fetch_run(const Pixel *map, int64_t pixel, int64_t count, int64_t step) const {
-    uintptr_t line = uintptr_t(map) + pixel * z.channels * sizeof(Pixel);
-    for (int64_t i = 0; i < count; i++, line += step * z.channels * sizeof(Pixel))
-      __builtin_prefetch((const void *)line, 0, 2);
+    for (size_t v = 0; v < pixels.first.size(); v++)
+      transpose(kernel + v * LANES, pixels.pitch, weights, LANES, kernels + pixels.first[v] * weights, weights);
   }
 };
 
-}  // namespace
+// As many planes at once as a vector has lanes, turned to lie side by side.
+template <typename Pixel> class PlanesTogether {
+  using Number = typename Computed<Pixel>::Number;
+  static constexpr int64_t LANES = ::LANES<Number>;
 
-#define FUNCTIONS(name, Class, Pixel)                                                                           \
-  extern "C" void forward_##name(const Sizes *sizes, Pixel *output, const Pixel *input, const Pixel *kernels) { \
-    Class<Pixel>(*sizes).forward(output, input, kernels);                                                       \
-  }                                                                                                             \
-  extern "C" void backward_##name(const Sizes *sizes, const Pixel *grad, const Pixel *input,                    \
-                                  const Pixel *kernels, Pixel *input_grad, Pixel *kernels_grad) {               \
-    Class<Pixel>(*sizes).backward(grad, input, kernels, input_grad, kernels_grad);                              \
+  const Sizes &z;
+  const Pixels<Number, false> pixels;
+  const int64_t planes = z.samples * z.channels;
+  const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
+  const int64_t weights = z.kernel_rows * z.kernel_columns;
+
+  struct Maps {
+    std::vector<Number> input, output, kernel;
+  };
+  Maps maps() const {
+    return {std::vector<Number>(inputs * LANES), std::vector<Number>(outputs * LANES),
+            std::vector<Number>(weights * LANES)};
   }
 
-FUNCTIONS(float32, PlaneByPlane, float)
-FUNCTIONS(float64, PlaneByPlane, double)
-FUNCTIONS(bfloat16, PlaneByPlane, BFloat16)
-FUNCTIONS(last_float32, PixelByPixel, float)
-FUNCTIONS(last_float64, PixelByPixel, double)
-FUNCTIONS(last_bfloat16, PixelByPixel, BFloat16)
+ public:
+  explicit PlanesTogether(const Sizes &sizes) : z(sizes), pixels(sizes, LANES) {}
+
+  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
+#pragma omp parallel num_threads(z.threads)
+    {
+      Maps of = maps();
+#pragma omp for
+      for (int64_t p = 0; p < planes; p += LANES) {
+        const int64_t count = std::min(LANES, planes - p);
+        take(kernels + p * weights, weights, count, of.kernel);
+        take(input + p * inputs, inputs, count, of.input);
+        pixels.add_up(of.input.data(), pixels.output, of.kernel.data(), of.output.data());
+        give(of.output, outputs, count, output + p * outputs);
+      }
+    }
+  }
+
+  // What is not wanted is null.
+  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
+                Pixel *kernels_grad) const {
+#pragma omp parallel num_threads(z.threads)
+    {
+      Maps of = maps();
+#pragma omp for
+      for (int64_t p = 0; p < planes; p += LANES) {
+        const int64_t count = std::min(LANES, planes - p);
+        take(grad + p * outputs, outputs, count, of.output);
+        if (kernels_grad) {
+          take(input + p * inputs, inputs, count, of.input);
+          pixels.multiply(of.input.data(), of.output.data(), of.kernel.data());
+          give(of.kernel, weights, count, kernels_grad + p * weights);
+        }
+        if (input_grad) {
+          take(kernels + p * weights, weights, count, of.kernel);
+          pixels.add_up(of.output.data(), pixels.input, of.kernel.data(), of.input.data());
+          give(of.input, inputs, count, input_grad + p * inputs);
+        }
+      }
+    }
+  }
+
+ private:
+  // Turn some planes, and let the cache fetch those that come next.
+  static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to) {
+    transpose<true, false>(planes, length, count, length, to.data(), LANES, LANES * length);
+  }
+  static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes) {
+    transpose<false, true>(from.data(), LANES, length, count, planes, length, LANES * length);
+  }
+};
+
+template <typename Pixel, typename Function> void with_planes(const Sizes &z, Function function) {
+  if constexpr (!std::is_same<Pixel, BFloat16>::value)
+    if (!z.together) return function(PlaneByPlane<Pixel>(z));
+  function(PlanesTogether<Pixel>(z));
+}
+
+}  // namespace
+
+#define FUNCTIONS(name, Pixel)                                                                                        \
+  extern "C" void forward_##name(const Sizes *sizes, Pixel *output, const Pixel *input, const Pixel *kernels) {       \
+    with_planes<Pixel>(*sizes, [=](const auto &of) { of.forward(output, input, kernels); });                          \
+  }                                                                                                                   \
+  extern "C" void backward_##name(const Sizes *sizes, const Pixel *grad, const Pixel *input, const Pixel *kernels,    \
+                                  Pixel *input_grad, Pixel *kernels_grad) {                                           \
+    with_planes<Pixel>(                                                                                               \
+        *sizes, [=](const auto &of) { of.backward(grad, input, kernels, input_grad, kernels_grad); });                \
+  }                                                                                                                   \
+  extern "C" void forward_last_##name(const Sizes *sizes, Pixel *output, const Pixel *input, const Pixel *kernels) {  \
+    SampleBySample<Pixel>(*sizes).forward(output, input, kernels);                                                    \
+  }                                                                                                                   \
+  extern "C" void backward_last_##name(const Sizes *sizes, const Pixel *grad, const Pixel *input,                     \
+                                       const Pixel *kernels, Pixel *input_grad, Pixel *kernels_grad) {                \
+    SampleBySample<Pixel>(*sizes).backward(grad, input, kernels, input_grad, kernels_grad);                           \
+  }
+
+FUNCTIONS(float32, float)
+FUNCTIONS(float64, double)
+FUNCTIONS(bfloat16, BFloat16)

@@ -122,15 +122,6 @@ template <typename Number> int64_t sums_of(int64_t width) {
   return width > (VECTORS - 1) * LANES<Number> ? SUMS : MORE_SUMS;
 }
 
-// Call with a number of samples that the compiler knows.
-template <typename Function> void for_samples(int64_t count, Function function) {
-  static_assert(TOGETHER == 4, "a case for each");
-  if (count == 4) function(std::integral_constant<int, 4>());
-  if (count == 3) function(std::integral_constant<int, 3>());
-  if (count == 2) function(std::integral_constant<int, 2>());
-  if (count == 1) function(std::integral_constant<int, 1>());
-}
-
 template <typename Number> class Mixed {
   static constexpr int LANES = ::LANES<Number>;
 
@@ -186,7 +177,7 @@ template <typename Number> class Mixed {
             for (const Range &depth : depths) {
               for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
                 const int64_t first = samples[g].first + some.first;
-                for_samples(some.length(), [&](auto S) {
+                with_constant<TOGETHER>(some.length(), [&](auto S) {
                   mix<S>(routing + first * z.kernels, mixed_of, depth.length(), block.length(), kernels.data());
                 });
                 for (int64_t s = 0; s < some.length(); s++)
@@ -264,7 +255,7 @@ template <typename Number> class Mixed {
               const Number *ordered, Work &work, Number *shares) const {
     const auto columns = columns_of(block.length());
     const bool copied = !work.copy.empty();
-    grad += samples.first * outputs * z.out_channels;
+    input += samples.first * inputs * z.in_channels, grad += samples.first * outputs * z.out_channels;
     for (int64_t s = 0; copied && s < samples.length(); s++)
       take(map_of(grad + s * outputs * z.out_channels, z.out_channels, outputs).from(block.first), outputs,
            block.length(), work.copy.data() + s * outputs * block.length());
@@ -276,11 +267,11 @@ template <typename Number> class Mixed {
       for (const Range &some : parts_of(samples.length(), TOGETHER)) {
         std::fill_n(work.kernels.begin(), some.length() * size, Number(0));
         for (int64_t s = some.first; s < some.last; s++)
-          multiply(map_of(input + (samples.first + s) * inputs * z.in_channels, z.in_channels, inputs).from(depth.first),
-                   depth.length(), positions + s * outputs * pitch, pitch, block.length(), columns, taps[t],
+          multiply(map_of(input + s * inputs * z.in_channels, z.in_channels, inputs).from(depth.first), depth.length(),
+                   positions + s * outputs * pitch, pitch, block.length(), columns, taps[t],
                    work.kernels.data() + (s - some.first) * size);
         const int64_t first = (samples.first + some.first) * z.kernels;
-        for_samples(some.length(), [&](auto S) {
+        with_constant<TOGETHER>(some.length(), [&](auto S) {
           unmix<S>(work.kernels.data(), depth.length(), block.length(), routing + first, ordered + row * z.kernels,
                    shares + first, work.sums.data() + t * size * z.kernels);
         });

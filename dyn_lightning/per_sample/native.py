@@ -24,7 +24,7 @@ from torch import Tensor
 from dyn_lightning.per_sample.tracing import remembered
 
 SOURCES = [Path(__file__).with_name(name) for name in ("depthwise.cpp", "mixed.cpp")]
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "pixels.h")]
 # By what torch says of the processor, so that machines of several kinds can share a folder.
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL | None:
             return None
         capability = torch.backends.cpu.get_cpu_capability()
         command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fopenmp", *FLAGS.get(capability, [])]
-        texts = [path.read_text(encoding="utf-8") for path in (HEADER, *SOURCES)]
+        texts = [path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES)]
         version = hashlib.sha256("\n".join([*texts, *command, platform.machine(), capability]).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn_lightning"
         path = folder / f"per_sample-{version[:16]}.so"

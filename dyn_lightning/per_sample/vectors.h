@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -35,6 +36,50 @@ template <typename Number, typename = IfNumber<Number>> inline void store(Vector
   *(typename Vectors<Number>::Unaligned *)to = vector;
 }
 
+template <typename Number> inline void assign(Number from, Number &to) { to = from; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+typedef uint32_t Bits __attribute__((vector_size(BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+
+inline Vector<float> load(const BFloat16 *from) {
+  return (Vector<float>)(__builtin_convertvector(*(const UnalignedHalves *)from, Bits) << 16);
+}
+
+inline void store(Vector<float> vector, BFloat16 *to) {
+  const Bits bits = (Bits)vector, is_nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+  *(UnalignedHalves *)to = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
+}
+
+inline void assign(BFloat16 from, float &to) {
+  const uint32_t bits = uint32_t(from.bits) << 16;
+  std::memcpy(&to, &bits, 4);
+}
+
+inline void assign(float from, BFloat16 &to) {
+  uint32_t bits;
+  std::memcpy(&bits, &from, 4);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  to.bits = is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+
+// What pixels are computed in.
+template <typename Pixel> struct Computed { using Number = Pixel; };
+template <> struct Computed<BFloat16> { using Number = float; };
+
+// What only fetches: the compiler takes a call that is left for one without an effect.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
+// Let the cache fetch what lies so many pixels further: by number, since it may be beyond the end.
+template <typename Pixel> ALWAYS_INLINE void fetch(const Pixel *from, int64_t ahead) {
+  __builtin_prefetch((const void *)(uintptr_t(from) + ahead * sizeof(Pixel)), 0, 2);
+}
+
 // Call with a number up to `most` as one that the compiler knows.
 template <int most, typename Function> inline void with_constant(int64_t number, Function function) {
   if constexpr (most > 1)
@@ -64,9 +109,11 @@ inline void exchange(Vector<Number> *vectors, std::integer_sequence<int, lane...
 }
 #endif
 
-// Transpose rows, which lie so far apart.
-template <typename Number>
-void transpose(const Number *from, int64_t from_step, int64_t rows, int64_t columns, Number *to, int64_t to_step) {
+// Transpose rows, which lie so far apart, and let the cache fetch what lies `ahead` of what is read, or written, too.
+template <bool fetches_from = false, bool fetches_to = false, typename From, typename To>
+void transpose(const From *from, int64_t from_step, int64_t rows, int64_t columns, To *to, int64_t to_step,
+               int64_t ahead = 0) {
+  using Number = typename Computed<From>::Number;
   constexpr int lanes = LANES<Number>;
   for (int64_t r = 0; r < rows; r += lanes)
     for (int64_t c = 0; c < columns; c += lanes) {
@@ -74,14 +121,22 @@ void transpose(const Number *from, int64_t from_step, int64_t rows, int64_t colu
       if (rows >= lanes && columns >= lanes) {  // the last ones overlap with those before
         const int64_t row = std::min(r, rows - lanes), column = std::min(c, columns - lanes);
         Vector<Number> vectors[lanes];
-        for (int i = 0; i < lanes; i++) vectors[i] = load(from + (row + i) * from_step + column);
+        for (int i = 0; i < lanes; i++) {
+          const From *place = from + (row + i) * from_step + column;
+          if (fetches_from) fetch(place, ahead);
+          vectors[i] = load(place);
+        }
         exchange<Number, lanes / 2>(vectors, std::make_integer_sequence<int, lanes>());
-        for (int i = 0; i < lanes; i++) store(vectors[i], to + (column + i) * to_step + row);
+        for (int i = 0; i < lanes; i++) {
+          To *place = to + (column + i) * to_step + row;
+          if (fetches_to) fetch(place, ahead);
+          store(vectors[i], place);
+        }
         continue;
       }
 #endif
       for (int64_t i = r; i < std::min(r + lanes, rows); i++)
-        for (int64_t j = c; j < std::min(c + lanes, columns); j++) to[j * to_step + i] = from[i * from_step + j];
+        for (int64_t j = c; j < std::min(c + lanes, columns); j++) assign(from[i * from_step + j], to[j * to_step + i]);
     }
 }
 

@@ -26,7 +26,7 @@ from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import depthwise, native
 from dyn_lightning.per_sample.convolution import convolve, gradients
-from dyn_lightning.per_sample.depthwise import is_faster
+from dyn_lightning.per_sample.depthwise import serves
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from tests.per_sample.loop import assert_equals_the_loop, loop
 from tests.tolerances import assert_close
@@ -55,17 +55,11 @@ GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 3)
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
 
 
-@pytest.fixture
-def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small maps be computed in C++ too."""
-    monkeypatch.setattr(depthwise, "LEAST_NUMBERS", 0)
-    monkeypatch.setattr(depthwise, "LEAST_ASKED", 0)
-    for name in ("MANY_POSITIONS", "MANY_STRIDED_POSITIONS", "MANY_WIDE_POSITIONS"):
-        monkeypatch.setattr(depthwise, name, dict.fromkeys(depthwise.MANY_POSITIONS, 0))
-    monkeypatch.setattr(depthwise, "_found", is_faster)  # nothing of other tests is remembered
-
-
-always = pytest.mark.usefixtures("_always")
+@pytest.fixture(params=["together", "one by one"])
+def _planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute planes of any size together, and one by one, which bfloat16 never is."""
+    monkeypatch.setattr(depthwise, "MOST_TOGETHER", 1 << 20 if request.param == "together" else 0)
+    monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
 
 
 def draw(batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -87,18 +81,18 @@ def is_compiled(y: Tensor) -> bool:
     return "dyn_lightning_convolve" in type(y.grad_fn).__name__
 
 
-@always
+@pytest.mark.usefixtures("_planes")
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equals_torchs(
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((1, 3, *size), (3, 1, *kernel))]
-    assert_equals_torchs(tensors, Geometry(stride, padding, dilation, 3))
+    shapes = (1, 21, *size), (21, 1, *kernel)  # more planes than a vector has lanes, of any type
+    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    assert_equals_torchs(tensors, Geometry(stride, padding, dilation, 21))
 
 
-@always
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [21, 75])  # vectors of all widths overlap; four at a time, and some more
@@ -174,23 +168,23 @@ class TestOneImageWithoutABackwardPass:
     def test_of_a_layer(self, called: list[str]) -> None:
         x, routing, weight, bias = draw(1)
         y = dynamic_conv2d(x, routing, weight, bias, **SMALL)
-        assert not called
         for context in (torch.no_grad, torch.inference_mode):
             with context():
                 assert_close(dynamic_conv2d(x, routing, weight, bias, **SMALL), y.detach())
-        assert called == ["forward"] * 2
+        assert called == ["forward"] * 3
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
     def test_other_types_are_left_to_torch(self, dtype: torch.dtype, called: list[str]) -> None:
         convolve(torch.randn(1, 3, 5, 5).to(dtype), torch.ones(3, 1, 3, 3, dtype=dtype), GEOMETRY)
         assert not called
 
-    @pytest.mark.parametrize("change", [{"stride": (1000, 1000)}, {"padding": (50, 50), "dilation": (50, 50)}])
+    @pytest.mark.parametrize("change", [{"stride": (1000, 1000)}, {"padding": (50, 50), "stride": (40, 40)}])
     def test_maps_that_would_be_laid_out_much_larger_are_left_to_torch(
         self, change: dict[str, Pair], called: list[str]
     ) -> None:
-        convolve(torch.randn(1, 3, 3, 3), torch.randn(3, 1, 3, 3), GEOMETRY._replace(**change))
-        assert not called
+        for size in (3, 30):
+            convolve(torch.randn(1, 3, size, size), torch.randn(3, 1, 3, 3), GEOMETRY._replace(**change))
+            assert len(called) == 1  # of a small one
 
     def test_a_map_whose_memory_was_freed(self) -> None:
         x = torch.randn(1, 3, 5, 5)
@@ -278,7 +272,6 @@ class TestOneImageWithoutABackwardPass:
         assert y.device.type == "meta"
 
 
-@always
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int) -> None:
     x, kernels = (tensor.detach().requires_grad_() for tensor in (draw(1)[0], draw(1)[2][0]))
@@ -294,7 +287,6 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@always
 def test_tensors_that_are_not_dense() -> None:
     x, _, weight, _ = draw(1)
     kernels = weight[0].detach().mT.contiguous().mT.requires_grad_()
@@ -304,7 +296,6 @@ def test_tensors_that_are_not_dense() -> None:
     assert_close(*(torch.autograd.grad(out.sum(), (x, kernels)) for out in (y, expected)))  # of an expanded gradient
 
 
-@always
 def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
     x = torch.randn(1, 4, 8, 8)
     x[..., -1] = x[..., -1, :] = torch.inf
@@ -314,7 +305,6 @@ def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
     assert all(found.isfinite().all() for found in (y, *torch.autograd.grad(y.sum(), (x, kernels))))
 
 
-@always
 def test_multiply_adds() -> None:
     x, _, weight, _ = draw(1)
     with FlopCounterMode(display=False) as counter:
@@ -344,7 +334,6 @@ def test_single_and_half_precision(kernel: int, size: int, stride: int, dtype: t
         assert_close(ours.double(), theirs, dtype)
 
 
-@always
 def test_rounding_to_bfloat16() -> None:
     def convolved(numbers: list[float], kernel: list[float]) -> tuple[Tensor, Tensor]:
         x, kernels = (torch.tensor(values, dtype=torch.bfloat16)[None, None, None] for values in (numbers, kernel))
@@ -359,7 +348,6 @@ def test_rounding_to_bfloat16() -> None:
         assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
 
 
-@always
 @pytest.mark.parametrize(("samples", "channels"), [(1, 64), (2, 15)])
 def test_in_channels_last_one_image_and_few_channels_are_left_to_torch(samples: int, channels: int) -> None:
     x = torch.randn(samples, channels, 7, 6).to(memory_format=torch.channels_last).requires_grad_()
@@ -392,7 +380,6 @@ def test_in_channels_last_by_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@always
 def test_derivatives_of_any_order() -> None:
     x, _, weight, _ = draw()
     x, kernels = x[:1, :, :3, :4].detach().requires_grad_(), weight[0].detach().requires_grad_()
@@ -406,7 +393,6 @@ def test_derivatives_of_any_order() -> None:
     assert gradcheck(function, (x.detach(), kernels))
 
 
-@always
 @pytest.mark.parametrize("method", ["grouped", "chunked"])
 class TestMixedKernels:
     def test_equal_a_loop(self, method: str) -> None:
@@ -480,7 +466,6 @@ class TestMixedKernels:
             assert_close(found, torch.autograd.grad(step(*tensors).square().sum(), tensors))
 
 
-@always
 def test_large_maps_in_channels_last_one_by_one() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 80, 80, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
@@ -490,38 +475,6 @@ def test_large_maps_in_channels_last_one_by_one() -> None:
         torch.randn(3, 8, 1, 5, 5, dtype=torch.float64, requires_grad=True),
     )
     assert_equals_the_loop(tensors, "chunked", padding=2, groups=8)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "planes", "size", "kernel", "training", "ours"),
-    [
-        # Without a backward pass few planes are, of any map, and many of large ones.
-        (torch.float32, 4096, 2, 3, False, True),
-        (torch.float32, 4097, 5, 3, False, False),
-        (torch.float64, 4096, 2, 3, False, True),
-        (torch.bfloat16, 1200, 2, 3, False, True),
-        (torch.bfloat16, 1201, 2, 3, False, False),
-        (torch.float32, 8192, 6, 3, False, True),
-        (torch.float32, 8192, 5, 3, False, False),
-        (torch.bfloat16, 1024, 16, 3, False, True),
-        (torch.bfloat16, 4096, 15, 3, False, False),
-        # With one, a small map of few planes is not asked about, but where torch's gradient is slow.
-        (torch.float32, 2000, 8, 3, True, False),
-        (torch.float32, 2048, 8, 3, True, True),
-        (torch.float32, 3840, 4, 5, True, True),
-        (torch.float32, 1024, 11, 7, True, True),
-    ],
-)
-def test_what_is_ours(
-    dtype: torch.dtype, planes: int, size: int, kernel: int, training: bool, ours: bool, called: list[str]
-) -> None:
-    x = torch.randn(1, planes, size, size).to(dtype).requires_grad_(training)
-    kernels = torch.randn(planes, 1, kernel, kernel).to(dtype)
-    y = convolve(x, kernels, Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), planes))
-    if training:
-        assert is_compiled(y) == ours
-    else:
-        assert called == ["forward"] * ours
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -535,55 +488,32 @@ def test_compiled_for_another_device_any_number_of_planes_has_one_graph(training
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "size", "forward", "backward", "in_bfloat16"),
-    [
-        (3, 1, 1, 5, False, False, False),
-        (3, 1, 1, 6, True, True, False),
-        (3, 2, 1, 16, False, False, True),
-        (3, 2, 1, 18, True, True, True),
-        (3, 1, 1, 16, True, True, True),
-        (3, 1, 1, 3, False, False, False),  # three rows, two of zeros
-        (3, 1, 1, 2, False, True, True),
-        (3, 2, 1, 4, False, False, True),  # two rows, zeros above them alone
-        (3, 2, 1, 3, False, True, True),
-        (1, 1, 0, 1, False, False, False),
-        (5, 1, 2, 5, False, True, True),
-        (5, 1, 2, 11, False, True, True),
-        (5, 1, 2, 12, True, True, True),
-        (5, 2, 2, 2, True, True, True),  # one row, two of zeros above
-    ],
-)
-def test_where_ours_is_faster(
-    kernel: int, stride: int, padding: int, size: int, forward: bool, backward: bool, in_bfloat16: bool
-) -> None:
-    x, kernels = (1, 4096, size, size), (4096, 1, kernel, kernel)
-    geometry = Geometry((stride, stride), (padding, padding), (1, 1), 4096)
-    assert is_faster(x, kernels, geometry, torch.float32, False) == forward
-    assert is_faster(x, kernels, geometry, torch.float32, True) == backward
-    assert is_faster(x, kernels, geometry, torch.bfloat16, True) == in_bfloat16
-    assert is_faster(x, kernels, geometry, torch.float64, True)
-    assert not is_faster(x, kernels, geometry, torch.float16, True)
-    assert not is_faster(x, (8192, *kernels[1:]), geometry, torch.float32, True)
-    assert not is_faster((2, *x[1:]), kernels, geometry, torch.float32, True)
-    assert is_faster((2, 2048, *x[2:]), kernels, geometry._replace(groups=2048), torch.float32, True) == backward
-    assert not is_faster((1, 2, *x[2:]), (2, *kernels[1:]), geometry._replace(groups=2), torch.float32, True)
+@pytest.mark.parametrize("size", [1, 5, 56])
+def test_what_it_serves(size: int) -> None:
+    x, kernels = (2, 48, size, size), (96, 1, 3, 3)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 48)
+    assert all(serves(x, kernels, geometry, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64))
+    assert not serves(x, kernels, geometry, torch.float16)
+    assert not serves(x, (48, *kernels[1:]), geometry, torch.float32)
+    assert not serves(x, (192, *kernels[1:]), geometry, torch.float32)  # two output channels a group
+    assert not serves(x, (96, 3, 3, 3), geometry._replace(groups=16), torch.float32)
 
 
 def test_maps_are_not_taken_apart_into_pixels() -> None:
     geometry = Geometry((36, 36), (0, 0), (1, 1), 4096)
-    assert not is_faster((1, 4096, 36, 36), (4096, 1, 36, 36), geometry, torch.float32, True)
+    assert not serves((1, 4096, 36, 36), (4096, 1, 36, 36), geometry, torch.float32)
+    assert serves((1, 4096, 36, 36), (4096, 1, 36, 36), geometry, torch.bfloat16)
 
 
 class TestCompiling:
     @pytest.fixture(autouse=True)
     def _anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
         native.library.cache_clear()
         yield
         native.library.cache_clear()
 
-    @always
     def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
         with caplog.at_level("INFO"):
@@ -593,7 +523,6 @@ class TestCompiling:
         assert_close(y, loop(*tensors, **SMALL))
         assert calls("aten::convolution_backward", lambda: torch.autograd.grad(y.sum(), tensors)) == 1
 
-    @always
     def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"no such option\")'")
         tensors = draw()
@@ -622,7 +551,6 @@ class TestCompiling:
         with pytest.warns(UserWarning, match=f"dynamic convolutions are slower: .*{one.name}"):
             assert not native.is_compiled()
 
-    @always
     def test_backward_where_there_is_no_library_anymore(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, _, weight, _ = draw(1)
         geometry = Geometry((1, 1), (1, 2), (1, 1), 4)
@@ -645,7 +573,6 @@ class TestCompiling:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
-@always
 @pytest.mark.parametrize(
     ("input", "kernels", "layout"),
     [
@@ -666,7 +593,6 @@ def test_is_a_well_formed_operation(input: tuple[int, ...], kernels: tuple[int, 
     torch.library.opcheck(torch.ops.dyn_lightning.convolve_backward.default, given)
 
 
-@always
 def test_gradients_that_are_not_wanted() -> None:
     x, _, weight, _ = (tensor.detach() for tensor in draw(1))
     geometry = Geometry((1, 1), (1, 2), (1, 1), 4)
@@ -678,7 +604,6 @@ def test_gradients_that_are_not_wanted() -> None:
         assert all(one is None or torch.equal(one, other) for one, other in zip(found, both, strict=True))
 
 
-@always
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("least", [1, 2])
 def test_an_export_does_without(strict: bool, least: int) -> None:
