@@ -27,7 +27,7 @@ def test_other_processors(capability: str, tmp_path: Path) -> None:
     tests = [f"{module.__file__}::{name}" for module, names in TESTS.items() for name in names]
     command = [sys.executable, "-m", "pytest", "-q", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    depthwise = 4 * 3 * len(test_depthwise.SHAPES)
+    depthwise = 5 * 3 * len(test_depthwise.SHAPES)
     mixed = 2 * len(test_mixed.SHAPES) * len(test_mixed.CHANNELS)
     assert f"{depthwise + mixed} passed" in done.stdout, done.stdout
     assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
