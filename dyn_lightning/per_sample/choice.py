@@ -53,32 +53,37 @@ def mixture_work(case: Case) -> tuple[int, ...]:
 
 
 def cpp_work(case: Case) -> tuple[int, ...]:
-    """Count the same as where all kernels are mixed first, and numbers of maps that are copied into channels_last."""
-    copied = 0 if case.channels_last else math.prod(case.input) + case.outputs()
-    return *mixed_first_work(case), copied
+    """Count the same as where all kernels are mixed first, and numbers of contiguous maps, which are turned."""
+    turned = 0 if case.channels_last else math.prod(case.input) + case.outputs()
+    return *mixed_first_work(case), turned
+
+
+Kind = tuple[bool, bool, str]
 
 
 def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
     return sum(cost * count for cost, count in zip(costs, work, strict=True))
 
 
-# By (whether a sample's convolution is one matrix product, whether there is a backward pass).
+# By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16,
 # contiguous maps, freed memory kept.
 CPU_COSTS = {
-    (True, True): Costs((2910, 82.2, 11.1, 63.4e6), (42.1, 530, 3170, 397e6), (0, 357, 22, 933e6, 2710)),
-    (True, False): Costs((1570, 8.52, 3.8, 15.4e6), (31.1, 146, 1010, 86.4e6), (0, 69.1, 14.3, 26.8e6, 1650)),
-    (False, True): Costs((12400, 27.7, 5.8, 781e6), (129, 1120, 0, 1270e6), (0, 1240, 9.13, 591e6, 392)),
-    (False, False): Costs((2470, 10.9, 2.09, 0), (40.2, 380, 647, 79.5e6), (0, 95.8, 8.74, 0, 346)),
+    (True, True, "several"): Costs((2910, 82.2, 11.1, 63.4e6), (42.1, 530, 3170, 397e6), (0, 357, 22, 933e6, 2710)),
+    (True, False, "several"): Costs(
+        (1570, 8.52, 3.8, 15.4e6), (31.1, 146, 1010, 86.4e6), (0, 69.1, 14.3, 26.8e6, 1650)
+    ),
+    (False, True, "several"): Costs((12400, 27.7, 5.8, 781e6), (129, 1120, 0, 1270e6), (0, 1240, 9.13, 591e6, 392)),
+    (False, False, "several"): Costs((2470, 10.9, 2.09, 0), (40.2, 380, 647, 79.5e6), (0, 95.8, 8.74, 0, 346)),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True): Costs((7, 0, 0.015, 0), (0.015, 7, 7, 0)),
-    (True, False): Costs((2.4, 0, 0.005, 0), (0.005, 2.4, 2.4, 0)),
-    (False, True): Costs((7, 0, 0.075, 0), (0.015, 7, 7, 0)),
-    (False, False): Costs((2.4, 0, 0.025, 0), (0.005, 2.4, 2.4, 0)),
+    (True, True, "several"): Costs((7, 0, 0.015, 0), (0.015, 7, 7, 0)),
+    (True, False, "several"): Costs((2.4, 0, 0.005, 0), (0.005, 2.4, 2.4, 0)),
+    (False, True, "several"): Costs((7, 0, 0.075, 0), (0.015, 7, 7, 0)),
+    (False, False, "several"): Costs((2.4, 0, 0.025, 0), (0.005, 2.4, 2.4, 0)),
 }
 
 
@@ -92,12 +97,17 @@ def choose(case: Case) -> str:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
     first = first if first in within else "chunked"
-    if case.is_depthwise() or case.input[0] == 1:  # mixed once, the papers' cost: K times fewer multiply-adds
+    kind, costs = kind_of(case), CPU_COSTS if case.device == "cpu" else CUDA_COSTS
+    if case.is_depthwise() or kind not in costs:  # one image, mixed once: K times fewer multiply-adds
         return first
-    if case.channels_last and not case.is_product() and "cpp" in within:
+    if case.channels_last and case.input[0] > 1 and not case.is_product() and "cpp" in within:
         first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
-    costs = CPU_COSTS if case.device == "cpu" else CUDA_COSTS
-    return costs[case.is_product(), case.training].best(case, first, within)
+    return costs[kind].best(case, first, within)
+
+
+def kind_of(case: Case) -> Kind:
+    """Say which costs a case has."""
+    return case.is_product(), case.training, "one" if case.input[0] == 1 else "several"
 
 
 def mixed_first(case: Case) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyn_lightning.per_sample.geometry import Geometry
-from dyn_lightning.per_sample.tracing import is_transformed
+from dyn_lightning.per_sample.tracing import is_transformed, is_watched
 
 Numbers = list[int]
 
@@ -42,20 +43,21 @@ def operation(
     count = len(tensors)
     takes = f"{', '.join(f'Tensor {tensor}' for tensor in tensors)}, SymInt[] numbers"
 
-    @torch.library.custom_op(f"dyn_lightning::{name}", mutates_args=(), schema=f"({takes}) -> Tensor")
-    def run(*arguments: Any) -> Tensor:
+    def compute(*arguments: Any) -> Tensor:
         with _as_it_is(arguments[0]):
             return forward(*arguments[:-1], *_unpacked(arguments[-1]))
 
-    @torch.library.custom_op(
-        f"dyn_lightning::{name}_backward", mutates_args=(), schema=f"(Tensor grad, {takes}, bool[] needed) -> Tensor[]"
-    )
-    def run_backward(*arguments: Any) -> list[Tensor]:
+    def compute_backward(*arguments: Any) -> list[Tensor]:
         *given, numbers, needed = arguments
         with _as_it_is(given[0]):
             gradients = backward(*given, *_unpacked(numbers), needed)
         wanted = [tensor for tensor, need in zip(given[1:], needed, strict=True) if need]
         return [_laid_out_as(of, gradient) for of, gradient in zip(wanted, gradients, strict=True)]
+
+    schema = f"(Tensor grad, {takes}, bool[] needed) -> Tensor[]"
+    register: Any = partial(torch.library.custom_op, mutates_args=())
+    run = register(f"dyn_lightning::{name}", compute, schema=f"({takes}) -> Tensor")
+    run_backward = register(f"dyn_lightning::{name}_backward", compute_backward, schema=schema)
 
     def fake(*arguments: Any) -> Tensor:
         return empty(*arguments[:-1], _unpacked(arguments[-1])[0])
@@ -64,7 +66,7 @@ def operation(
         _, *given, _, needed = arguments
         return [torch.empty_like(of) for of, need in zip(given, needed, strict=True) if need]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
         ctx.save_for_backward(*inputs[:-1])
         ctx.numbers = inputs[-1]
 
@@ -79,7 +81,8 @@ def operation(
                 output = plain(*views, _unpacked(ctx.numbers)[0])
                 found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again))
         else:
-            found = iter(run_backward(grad, *ctx.saved_tensors, ctx.numbers, needed))
+            given = grad, *ctx.saved_tensors
+            found = iter((run_backward if is_watched(*given) else compute_backward)(*given, ctx.numbers, needed))
         return (*(next(found) if need else None for need in needed), None)
 
     _count_flops(name, count, multiply_adds)
@@ -87,12 +90,22 @@ def operation(
     run_backward.register_fake(fake_backward)
     run.register_autograd(gradients, setup_context=save)
 
+    def save_and_compute(ctx: Any, *inputs: Any) -> Tensor:
+        save(ctx, inputs, None)
+        return compute(*inputs)
+
+    methods = {"forward": staticmethod(save_and_compute), "backward": staticmethod(gradients)}
+    unseen: Any = type(f"dyn_lightning_{name}", (torch.autograd.Function,), methods)
+
     def call(*arguments: Any) -> Tensor:
         given, (geometry, *settings) = arguments[:count], arguments[count:]
         if is_transformed() or given[0].is_complex():
             return plain(*given, geometry)
         stride, padding, dilation, groups = geometry
-        return run(*given, [*stride, *padding, *dilation, groups, *settings])
+        numbers = [*stride, *padding, *dilation, groups, *settings]
+        if torch.compiler.is_compiling() or is_watched(*given):
+            return run(*given, numbers)
+        return unseen.apply(*given, numbers)  # a small layer's time is that of calling an operation
 
     return call
 

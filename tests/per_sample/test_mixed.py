@@ -1,5 +1,6 @@
 """Kernels mixed block by block in C++, against the loop over samples."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
-from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.per_sample import mixed, native
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from dyn_lightning.per_sample.mixed import cpp
@@ -34,7 +35,7 @@ SHAPES = [
     ((2, 2), (3, 3), (0, 0), (1, 1), (8, 9)),  # pixels between kernels, and after the last, that none sees
     ((2, 9), (1, 1), (0, 4), (1, 1), (2, 1)),  # columns of kernels that see zeros alone
     ((3, 3), (7, 7), (4, 4), (1, 1), (1, 1)),  # all do
-    ((3, 3), (1, 1), (1, 1), (1, 1), (13, 70)),  # a row of more positions than are multiplied at once
+    ((3, 3), (1, 1), (1, 1), (1, 1), (13, 70)),
 ]
 # In and out: of one vector and of more, which overlap or not, of one block and of more.
 CHANNELS = [(16, 16), (21, 37), (64, 96), (70, 193)]
@@ -94,7 +95,8 @@ def test_equals_the_loop(
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 7, 13])  # samples whose blocks are mixed together, and those that remain
 @pytest.mark.parametrize("kernels", [1, 2, 17])
 def test_any_batch_and_number_of_kernels(batch: int, kernels: int) -> None:
-    assert_equals_the_loop(draw(batch, kernels=kernels), padding=1)
+    for layout in LAYOUTS:
+        assert_equals_the_loop(draw(batch, kernels=kernels, layout=layout), padding=1)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 16])
@@ -104,7 +106,8 @@ def test_any_number_of_threads(threads: int, channels: Pair, batch: int) -> None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_equals_the_loop(draw(batch, channels), padding=1)
+        for layout in LAYOUTS:
+            assert_equals_the_loop(draw(batch, channels, layout=layout), padding=1)
     finally:
         torch.set_num_threads(before)
 
@@ -162,15 +165,17 @@ def test_tensors_that_are_not_dense() -> None:
     assert_close(*(torch.autograd.grad(y.sum(), (x, routing, weight)) for y in outputs))  # of an expanded gradient
 
 
-def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
-    x, *others = draw(size=(8, 8))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pixels_that_no_kernel_sees_need_not_be_numbers(layout: torch.memory_format) -> None:
+    x, *others = draw(size=(8, 8), layout=layout)
     x.detach()[..., -1] = torch.inf
     y = by_cpp(x, *others, stride=2)
     assert all(found.isfinite().all() for found in (y, *torch.autograd.grad(y.sum(), (x, *others))))
 
 
-def test_numbers_that_are_none_reach_those_that_they_touch() -> None:
-    x, *others = draw(2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_that_are_none_reach_those_that_they_touch(layout: torch.memory_format) -> None:
+    x, *others = draw(2, layout=layout)
     x.detach()[0, 3, 2, 2] = torch.nan
     found, expected = by_cpp(x, *others, padding=1), loop(x, *others, padding=1)
     assert torch.equal(found.isnan(), expected.isnan())
@@ -282,6 +287,24 @@ def test_groups_and_other_devices() -> None:
         by_cpp(x, routing, weight[:, :, :16], groups=2)
     with pytest.raises(ValueError, match="computes on CPUs, not on meta"):
         by_cpp(*(tensor.to("meta") for tensor in (x, routing, weight)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layer", [CondConv2d, DynamicConv2d])
+def test_layers_train_by_it(layer: Any, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    by_it = layer(20, 36, 3, padding=1, stride=2, method="cpp").double()
+    other = copy.deepcopy(by_it)
+    other.method = "grouped"
+    x = torch.randn(5, 20, 9, 8, dtype=torch.float64).contiguous(memory_format=layout)
+    layers = by_it, other
+    outputs = [one(x) for one in layers]
+    assert_close(*outputs)
+    cotangent = torch.randn_like(outputs[0])
+    both = zip(layers, outputs, strict=True)
+    assert_close(*(torch.autograd.grad(y, [*one.parameters()], cotangent) for one, y in both))
+    with torch.no_grad():
+        assert torch.equal(by_it(x), outputs[0])
 
 
 def test_memory_of_a_training_step() -> None:

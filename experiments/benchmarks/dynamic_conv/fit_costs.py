@@ -26,6 +26,7 @@ from dyn_lightning.per_sample.choice import (
     Costs,
     choose,
     cpp_work,
+    kind_of,
     methods_within,
     mixed_first,
     mixed_first_work,
@@ -66,7 +67,7 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
 
 def is_open(case: Case) -> bool:
     """Tell whether the choice is made by costs."""
-    return case.input[0] > 1 and not case.is_depthwise() and "mixture" in methods_within(case)
+    return not case.is_depthwise() and "mixture" in methods_within(case)
 
 
 def fit(results: list[Result]) -> Costs:
@@ -108,11 +109,6 @@ def _counted(results: list[Result]) -> list[Result]:
 
 def _ways(first: str) -> tuple[str, ...]:
     return first, "mixture", "cpp"
-
-
-def kind_of(case: Case) -> tuple[bool, bool]:
-    """Say which key of the table a case has: product, training."""
-    return case.is_product(), case.training
 
 
 def main(paths: list[str]) -> None:
