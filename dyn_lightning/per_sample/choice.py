@@ -42,8 +42,9 @@ class Costs(NamedTuple):
 
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
-    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds of the convolution, and the call."""
-    return case.mixed_weights(), case.weight[0] * case.mixed_weights(), case.multiply_adds(), 1
+    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call, and what comes out."""
+    mixed = case.mixed_weights()
+    return mixed, case.weight[0] * mixed, case.multiply_adds(), 1, case.outputs()
 
 
 def mixture_work(case: Case) -> tuple[int, ...]:
@@ -53,9 +54,9 @@ def mixture_work(case: Case) -> tuple[int, ...]:
 
 
 def cpp_work(case: Case) -> tuple[int, ...]:
-    """Count the same as where all kernels are mixed first, and numbers of contiguous maps, which are turned."""
-    turned = 0 if case.channels_last else math.prod(case.input) + case.outputs()
-    return *mixed_first_work(case), turned
+    """Count the same as where all kernels are mixed first, and what it takes, but no maps that need not be turned."""
+    *work, outputs = mixed_first_work(case)
+    return *work, 0 if case.channels_last else math.prod(case.input) + outputs
 
 
 Kind = tuple[bool, bool, str]
@@ -70,20 +71,44 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16,
 # contiguous maps, freed memory kept.
 CPU_COSTS = {
-    (True, True, "several"): Costs((2910, 82.2, 11.1, 63.4e6), (42.1, 530, 3170, 397e6), (0, 357, 22, 933e6, 2710)),
-    (True, False, "several"): Costs(
-        (1570, 8.52, 3.8, 15.4e6), (31.1, 146, 1010, 86.4e6), (0, 69.1, 14.3, 26.8e6, 1650)
+    (True, True, "several"): Costs(
+        (3020, 80.3, 14.4, 41.2e6, 293),
+        (37.4, 480, 3990, 412e6),
+        (0, 422, 9.04, 777e6, 554),
     ),
-    (False, True, "several"): Costs((12400, 27.7, 5.8, 781e6), (129, 1120, 0, 1270e6), (0, 1240, 9.13, 591e6, 392)),
-    (False, False, "several"): Costs((2470, 10.9, 2.09, 0), (40.2, 380, 647, 79.5e6), (0, 95.8, 8.74, 0, 346)),
+    (True, False, "several"): Costs(
+        (1580, 0, 5.01, 4.25e6, 44.4),
+        (28.1, 136, 565, 69.7e6),
+        (21.6, 62.3, 3.33, 28e6, 411),
+    ),
+    (True, False, "one"): Costs(
+        (87.7, 62.9, 4.6, 10.5e6, 1570),
+        (16.4, 132, 639, 75.4e6),
+        (67, 580, 12.1, 17.2e6, 582),
+    ),
+    (False, True, "several"): Costs(
+        (5670, 68.1, 13.7, 0, 2210),
+        (71.6, 833, 0, 0),
+        (0, 676, 8.51, 0, 291),
+    ),
+    (False, False, "several"): Costs(
+        (2520, 8.07, 2.1, 0, 0),
+        (40.4, 367, 323, 0),
+        (10.3, 95.6, 3.63, 0, 66.6),
+    ),
+    (False, False, "one"): Costs(
+        (1550, 35.7, 5.69, 228e6, 0),
+        (20.4, 205, 0, 34.9e6),
+        (317, 872, 14.5, 0, 0),
+    ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True, "several"): Costs((7, 0, 0.015, 0), (0.015, 7, 7, 0)),
-    (True, False, "several"): Costs((2.4, 0, 0.005, 0), (0.005, 2.4, 2.4, 0)),
-    (False, True, "several"): Costs((7, 0, 0.075, 0), (0.015, 7, 7, 0)),
-    (False, False, "several"): Costs((2.4, 0, 0.025, 0), (0.005, 2.4, 2.4, 0)),
+    (True, True, "several"): Costs((7, 0, 0.015, 0, 0), (0.015, 7, 7, 0)),
+    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (False, True, "several"): Costs((7, 0, 0.075, 0, 0), (0.015, 7, 7, 0)),
+    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0), (0.005, 2.4, 2.4, 0)),
 }
 
 

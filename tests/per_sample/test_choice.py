@@ -48,7 +48,7 @@ PADDED: dict[str, Any] = {"padding": 1}
             "chunked",
         ),  # which the C++ does not serve
         # ResNet: few and many weights beside the pixels
-        ((32, 64, 56, 56), (4, 64, 64, 3, 3), PADDED, "chunked"),
+        ((32, 64, 56, 56), (4, 64, 64, 3, 3), PADDED, "cpp"),
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "cpp"),
         ((32, 256, 2, 2), (4, 256, 256, 3, 3), PADDED, "mixture"),
         ((32, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "mixture"),
@@ -83,12 +83,12 @@ def test_channels_last_does_not_choose_otherwise(
     [
         ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "grouped", "grouped"),
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "cpp", "cpp"),
-        ((32, 64, 56, 56), (4, 64, 64, 3, 3), PADDED, "chunked", "grouped"),
+        ((32, 64, 56, 56), (4, 64, 64, 3, 3), PADDED, "cpp", "cpp"),
         ((32, 256, 14, 14), (4, 256, 128, 3, 3), {"padding": 1, "groups": 2}, "chunked", "grouped"),
-        ((32, 256, 14, 14), (4, 1024, 256, 1, 1), {}, "matmul", "matmul"),
-        ((32, 1024, 14, 14), (4, 512, 1024, 1, 1), {}, "chunked", "matmul"),
+        ((32, 256, 14, 14), (4, 1024, 256, 1, 1), {}, "cpp", "cpp"),
         ((1, 256, 14, 14), (4, 512, 256, 3, 3), PADDED, "grouped", "grouped"),
-        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "grouped", "grouped"),
+        ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "mixture", "mixture"),
+        ((1, 16, 56, 56), (4, 96, 16, 1, 1), {}, "cpp", "cpp"),
         ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "matmul", "matmul"),
         ((128, 512, 7, 7), (4, 512, 256, 3, 3), {"padding": 1, "groups": 2}, "chunked", "chunked"),  # more than allowed
     ],
@@ -110,7 +110,7 @@ def test_on_a_gpu_it_does_not_matter() -> None:
 
 def test_evaluation_may_choose_otherwise() -> None:
     tensors = torch.empty(32, 64, 56, 56), torch.empty(4, 64, 64, 3, 3)
-    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["chunked", "grouped"]
+    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["cpp", "grouped"]
 
 
 @pytest.mark.parametrize(
