@@ -1,4 +1,4 @@
-"""Our C++ with vectors of other widths than those of this processor."""
+"""Our C++ with vectors of other widths than those of this processor, and watched by the compiler's sanitizers."""
 
 import os
 import subprocess
@@ -23,11 +23,37 @@ TESTS = {
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_processors(capability: str, tmp_path: Path) -> None:
     """Run the tests of shapes in a process that compiles for another processor."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "XDG_CACHE_HOME": str(tmp_path)}
-    tests = [f"{module.__file__}::{name}" for module, names in TESTS.items() for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = run_tests(tmp_path, ATEN_CPU_CAPABILITY=capability)
     depthwise = 5 * 3 * len(test_depthwise.SHAPES)
     mixed = 2 * len(test_mixed.SHAPES) * len(test_mixed.CHANNELS)
     assert f"{depthwise + mixed} passed" in done.stdout, done.stdout
     assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
+
+
+@pytest.mark.slow
+def test_reads_and_writes_its_own_memory_alone(tmp_path: Path) -> None:
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+        for name in ("asan", "ubsan")
+    ]
+    done = run_tests(
+        tmp_path,
+        CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        LD_PRELOAD=" ".join(map(str.strip, libraries)),
+        ASAN_OPTIONS="detect_leaks=0",  # Python's
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
+
+
+def run_tests(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the tests of shapes in a process that compiles into a folder of its own."""
+    tests = [f"{module.__file__}::{name}" for module, names in TESTS.items() for name in names]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
