@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, format_of
-from dyn_lightning.per_sample.methods import mixing_operation
+from dyn_lightning.per_sample.methods import mixing_operation, multiplies
 from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.tracing import is_watched, remembered
 
@@ -101,7 +101,7 @@ def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bo
     kernels, out_channels, _, *kernel = weight
     stride, padding, dilation, _ = geometry
     outputs = list(positions(input, weight, geometry))
-    if kernel == [1, 1] and outputs == pixels:
+    if multiplies(weight, geometry):
         outputs = pixels = [1, math.prod(pixels)]  # a long row is divided better than several short ones
     sizes = [samples, kernels, in_channels, *pixels, out_channels, *outputs, *kernel]
     sizes += [*stride, *padding, *dilation, planes, parts, threads]

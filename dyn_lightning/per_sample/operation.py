@@ -82,7 +82,8 @@ def operation(
                 found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again))
         else:
             given = grad, *ctx.saved_tensors
-            found = iter((run_backward if is_watched(*given) else compute_backward)(*given, ctx.numbers, needed))
+            seen = torch.compiler.is_compiling() or is_watched(*given)
+            found = iter((run_backward if seen else compute_backward)(*given, ctx.numbers, needed))
         return (*(next(found) if need else None for need in needed), None)
 
     _count_flops(name, count, multiply_adds)

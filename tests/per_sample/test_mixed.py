@@ -36,6 +36,8 @@ SHAPES = [
     ((2, 9), (1, 1), (0, 4), (1, 1), (2, 1)),  # columns of kernels that see zeros alone
     ((3, 3), (7, 7), (4, 4), (1, 1), (1, 1)),  # all do
     ((3, 3), (1, 1), (1, 1), (1, 1), (13, 70)),
+    ((1, 1), (2, 2), (1, 1), (1, 1), (3, 3)),  # a stride and padding after which the output has the map's size
+    ((1, 1), (1, 2), (0, 1), (1, 1), (4, 2)),
 ]
 # In and out: of one vector and of more, which overlap or not, of one block and of more.
 CHANNELS = [(16, 16), (21, 37), (64, 96), (70, 193)]
@@ -129,7 +131,7 @@ def test_any_number_of_threads(threads: int, channels: Pair, batch: int) -> None
 )
 def test_parts_of_the_samples(blocks: int, numbers: int, samples: int, threads: int, parts: int) -> None:
     assert mixed._parts(blocks, numbers, samples, threads) == parts
-    assert parts == 1 or parts * numbers <= mixed.numbers_held((numbers,), training=True)
+    assert parts == 1 or parts * numbers <= mixed.MOST_IN_PARTS
 
 
 @pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
