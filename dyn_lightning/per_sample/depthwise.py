@@ -1,4 +1,4 @@
-"""Depthwise convolutions and their gradients on a CPU, in C++ of our own, which is faster than torch's.
+"""Depthwise convolutions and their gradients on a CPU, in C++ of our own.
 
 oneDNN, which computes torch's convolutions there, brings maps into a layout of its own and back. It has a fast gradient
 only for kernels of up to 3 columns whose output has more rows than there are rows of zeros around the input, and in
@@ -45,7 +45,7 @@ def serves(
     dtype: torch.dtype,
     layout: str = "contiguous",
 ) -> bool:
-    """Tell whether ours computes dense maps on a CPU, which it does faster than torch.
+    """Tell whether ours computes dense maps on a CPU, which takes less time than torch's, or at most a tenth more.
 
     Args:
         input: shape, as in ``convolution.convolve``.

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -12,8 +11,9 @@
 
 namespace {
 
-// Input channels and output channels of a block. Its products, each a number times a vector, are summed in registers:
-// of the most vectors SUMS sums at once, of fewer MORE_SUMS.
+// Input channels and output channels of a block; where it has fewer output channels, it may have more input ones. Its
+// products, each a number times a vector, are summed in registers: of the most vectors SUMS sums at once, of fewer
+// MORE_SUMS.
 constexpr int64_t BLOCK = 64;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
@@ -157,7 +157,6 @@ template <typename Number> class Mixed {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK), sums;  // of maps that lie channel by channel
-      if (z.planes) sums.resize(most * pixels * std::min(BLOCK, wide));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], back, ordered);
@@ -169,6 +168,7 @@ template <typename Number> class Mixed {
           const auto depths = parts_of(deep, BLOCK * BLOCK / block.length());
           const int64_t pitch = z.planes ? block.length() : wide;
           Number *const written = to + samples[g].first * pixels * wide;
+          if (z.planes) sums.resize(most * pixels * std::min(BLOCK, wide));  // not by threads that have nothing to do
           Number *const begin = z.planes ? sums.data() : written + block.first;
           for (int64_t p = 0; p < samples[g].length() * pixels; p++)
             std::fill_n(begin + p * pitch, block.length(), Number(0));
@@ -206,7 +206,6 @@ template <typename Number> class Mixed {
       Work work;
       work.kernels.resize(TOGETHER * BLOCK * BLOCK);
       work.sums.resize(z.kernels * count * std::min(BLOCK, z.in_channels) * std::min(BLOCK, z.out_channels));
-      if (z.planes || blocks.size() > 1) work.copy.resize(fitting * outputs * BLOCK);
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], false, ordered);
@@ -216,6 +215,7 @@ template <typename Number> class Mixed {
           for (size_t b = 0; b < blocks.size(); b++) {
             const Range depth = depths[d], block = blocks[b];
             std::fill(work.sums.begin(), work.sums.end(), Number(0));
+            if (z.planes || blocks.size() > 1) work.copy.resize(fitting * outputs * BLOCK);
             Number *shares = routing_grad + (d * blocks.size() + b) * z.samples * z.kernels;  // zeros
             if (part < int64_t(samples.size()))
               for (const Range &some : parts_of(samples[part].length(), fitting)) {

@@ -48,7 +48,10 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
 
 
 def numbers_held(weight: tuple[int, ...], training: bool) -> int:
-    """Numbers that are held beside dense maps: the kernels in another order, and sums of their gradients."""
+    """Numbers that are held beside dense maps: the kernels in another order, and sums of their gradients.
+
+    Each thread takes a block of a map besides, or of several maps that come to 4 MB.
+    """
     return math.prod(weight) + (MOST_IN_PARTS if training else 0)
 
 

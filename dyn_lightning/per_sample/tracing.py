@@ -45,7 +45,7 @@ def is_transformed() -> bool:
 def is_watched(*tensors: Tensor) -> bool:
     """Tell whether something has to see each operation of these tensors, and would miss what is called beside torch: a
     mode (fake tensors, counters of operations), a profiler, a function transform, or a tensor that is not its memory
-    alone: of a subclass, or to be negated, mapped or made a function of by torch.
+    alone: of a subclass but ``Parameter``, or to be negated, mapped or made a function of by torch.
     """
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     if modes > 0 or torch.autograd._profiler_enabled() or is_transformed():

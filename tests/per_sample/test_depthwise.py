@@ -95,7 +95,7 @@ def test_equals_torchs(
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [21, 75])  # vectors of all widths overlap; four at a time, and some more
+@pytest.mark.parametrize("channels", [21, 75])  # vectors of all widths overlap
 def test_in_channels_last_equals_torchs(
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype, channels: int
 ) -> None:
