@@ -36,8 +36,8 @@ def convolve(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
         return (_as_groups if outside else _convolve)(input, kernels, geometry)
     trained = torch.is_grad_enabled() and (input.requires_grad or kernels.requires_grad)
     if depthwise.is_ours(input, kernels, geometry):
-        as_operation = trained or is_watched(input, kernels)
-        return (_convolve if as_operation else depthwise.forward)(input, kernels, geometry)
+        through_torch = trained or is_watched(input, kernels)
+        return (_convolve if through_torch else depthwise.forward)(input, kernels, geometry)
     if input.is_contiguous() or not is_convolved_singly(input, _of_one(kernels, input), geometry):
         return _as_groups(input, kernels, geometry)
     return (_convolve if trained else _singly)(input, kernels, geometry)

@@ -118,6 +118,6 @@ def _sizes(
 ) -> Any:
     """Give the ``Sizes`` of the library."""
     samples, channels = input[:2]
-    used = min(threads, samples if last else samples * channels)  # each takes a few planes' memory
+    used = min(threads, samples if last else samples * channels)  # each takes some planes' memory
     sizes = (*input, *output, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation, used, together)
     return (ctypes.c_int64 * len(sizes))(*sizes)

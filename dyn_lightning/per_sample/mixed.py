@@ -30,8 +30,8 @@ def cpp(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> T
     if why := why_not(weight.shape, geometry, input.dtype, input.device.type):
         raise ValueError(f"method='cpp' {why}: take 'auto'")
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, routing, weight))
-    as_operation = trained or torch.compiler.is_compiling() or is_watched(input, routing, weight)
-    return (_convolve if as_operation else _forward)(input, routing, weight, geometry)
+    through_torch = trained or torch.compiler.is_compiling() or is_watched(input, routing, weight)
+    return (_convolve if through_torch else _forward)(input, routing, weight, geometry)
 
 
 def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, device: str) -> str:

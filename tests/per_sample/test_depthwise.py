@@ -272,10 +272,13 @@ class TestOneImageWithoutABackwardPass:
         assert y.device.type == "meta"
 
 
+@pytest.mark.usefixtures("_planes")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int) -> None:
-    x, kernels = (tensor.detach().requires_grad_() for tensor in (draw(1)[0], draw(1)[2][0]))
-    geometry, before = Geometry((1, 2), (1, 2), (1, 1), 4), torch.get_num_threads()
+    torch.manual_seed(0)
+    shapes = (1, 75, 7, 6), (75, 1, 3, 5)  # groups of planes enough for all threads
+    x, kernels = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    geometry, before = Geometry((1, 2), (1, 2), (1, 1), 75), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         y = convolve(x, kernels, geometry)
@@ -296,6 +299,7 @@ def test_tensors_that_are_not_dense() -> None:
     assert_close(*(torch.autograd.grad(out.sum(), (x, kernels)) for out in (y, expected)))  # of an expanded gradient
 
 
+@pytest.mark.usefixtures("_planes")
 def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
     x = torch.randn(1, 4, 8, 8)
     x[..., -1] = x[..., -1, :] = torch.inf
@@ -303,6 +307,26 @@ def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
     y = convolve(x.requires_grad_(), kernels, Geometry((2, 2), (0, 0), (1, 1), 4))
     assert is_compiled(y)
     assert all(found.isfinite().all() for found in (y, *torch.autograd.grad(y.sum(), (x, kernels))))
+
+
+@pytest.mark.usefixtures("_planes")
+@pytest.mark.parametrize("other", [torch.nan, torch.inf])
+def test_planes_do_not_see_each_other(other: float) -> None:
+    torch.manual_seed(0)
+    geometry, found = Geometry((1, 1), (1, 1), (1, 1), 37), []
+    tensors = [torch.randn(shape) for shape in ((1, 37, 8, 7), (37, 1, 3, 3))]
+    for value in (None, other):
+        x, kernels = (tensor.clone() for tensor in tensors)
+        if value is not None:
+            x[:, 0] = x[:, 20] = value
+        y = convolve(x.requires_grad_(), kernels.requires_grad_(), geometry)
+        assert is_compiled(y)
+        x_grad, kernels_grad = torch.autograd.grad(y, (x, kernels), torch.ones_like(y))
+        found.append([y[0], x_grad[0], kernels_grad])
+    others = [plane for plane in range(37) if plane not in (0, 20)]
+    for without, beside in zip(*found, strict=True):
+        assert torch.equal(without[others], beside[others])
+    assert not found[1][0][[0, 20]].isfinite().all()
 
 
 def test_multiply_adds() -> None:
