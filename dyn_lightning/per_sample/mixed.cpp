@@ -11,19 +11,20 @@
 
 namespace {
 
-// Input channels and output channels of a block; where it has fewer output channels, it may have more input ones. Its
+// Input channels and output channels of a block; where it has fewer of one side, it may have more of the other. Its
 // products, each a number times a vector, are summed in registers: of the most vectors SUMS sums at once, of fewer
 // MORE_SUMS.
 constexpr int64_t BLOCK = 64;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
-// Rows of some samples' blocks that fit into the nearest cache; bytes of maps that fit into the next one, and into the
-// part of the last one that a thread can count on.
-constexpr int64_t NEAR_ROWS = 16, NEXT = 1 << 19, LAST = 1 << 22;
+// Rows of some samples' blocks, and pixels of a map, that fit into the nearest cache; bytes of maps that fit into the
+// next one, and into the part of the last one that a thread can count on.
+constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEXT = 1 << 19, LAST = 1 << 22;
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
-      right, above, left, dilation_rows, dilation_columns, planes, parts, threads;
+      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts,
+      threads;
 };
 
 struct Range {
@@ -68,6 +69,7 @@ template <typename Number> struct Rows {
 
 struct Extent {
   int64_t lines, length, width;
+  bool begins;  // sums, which had no value before
 };
 
 // Add to N sums of M vectors, which lie `step` apart; the last vector may overlap with the one before. Unrolled early:
@@ -79,7 +81,7 @@ void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Num
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) total[n][m] = load(sums + n * step + place(m));
+    for (int m = 0; m < M; m++) total[n][m] = extent.begins ? Vector<Number>{} : load(sums + n * step + place(m));
   for (int64_t l = 0; l < extent.lines; l++, numbers.begin += numbers.line, rows.begin += rows.line) {
     const Number *number = numbers.begin, *row = rows.begin;
     for (int64_t i = 0; i < extent.length; i++, number += numbers.next, row += rows.next) {
@@ -123,7 +125,7 @@ template <typename Number> int64_t sums_of(int64_t width) {
 }
 
 template <typename Number> class Mixed {
-  static constexpr int LANES = ::LANES<Number>;
+  static constexpr int LANES = ::LANES<Number>, LINE = 64 / sizeof(Number);  // of the cache
 
   const Sizes &z;
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
@@ -146,7 +148,7 @@ template <typename Number> class Mixed {
                 bool back) const {
     const int64_t deep = back ? z.out_channels : z.in_channels, wide = back ? z.in_channels : z.out_channels;
     const int64_t pixels = back ? inputs : outputs, read = (back ? outputs : inputs) * deep;
-    const auto blocks = parts_of(wide, BLOCK, LANES);
+    const auto blocks = parts_of(wide, back ? z.in_block : z.out_block, LANES);
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
     const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
@@ -170,7 +172,8 @@ template <typename Number> class Mixed {
           Number *const written = to + samples[g].first * pixels * wide;
           if (z.planes) sums.resize(most * pixels * std::min(BLOCK, wide));  // not by threads that have nothing to do
           Number *const begin = z.planes ? sums.data() : written + block.first;
-          for (int64_t p = 0; p < samples[g].length() * pixels; p++)
+          const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == pixels;  // else there are zeros
+          for (int64_t p = 0; !gives_all && p < samples[g].length() * pixels; p++)
             std::fill_n(begin + p * pitch, block.length(), Number(0));
           const Number *mixed_of = ordered + block.first * count * deep * z.kernels;
           for (const Tap &tap : taps)
@@ -183,13 +186,14 @@ template <typename Number> class Mixed {
                 for (int64_t s = 0; s < some.length(); s++)
                   add_up(map_of(from + (first + s) * read, deep, back ? outputs : inputs).from(depth.first), tap,
                          kernels.data() + s * depth.length() * block.length(), depth.length(), block.length(), columns,
-                         begin + (some.first + s) * pixels * pitch, pitch, back);
+                         begin + (some.first + s) * pixels * pitch, pitch, back,
+                         gives_all && &tap == &taps[0] && depth.first == 0);
               }
               mixed_of += depth.length() * z.kernels * block.length();
             }
           for (int64_t s = 0; z.planes && s < samples[g].length(); s++)
-            transpose(begin + s * pixels * pitch, pitch, pixels, pitch, written + (s * wide + block.first) * pixels,
-                      pixels);
+            transpose<false, true>(begin + s * pixels * pitch, pitch, pixels, pitch,
+                                   written + (s * wide + block.first) * pixels, pixels, 2 * LINE);
         }
     }
   }
@@ -198,14 +202,15 @@ template <typename Number> class Mixed {
   // kernels, out_channels, in_channels, kernel_rows, kernel_columns), to be summed over the parts of the samples.
   void differentiate(const Number *grad, const Number *input, const Number *routing, const Number *weight,
                      Number *ordered, Number *routing_grad, Number *weight_grad) const {
-    const auto blocks = parts_of(z.out_channels, BLOCK, LANES), depths = parts_of(z.in_channels, BLOCK);
+    const auto blocks = parts_of(z.out_channels, z.out_block, LANES), depths = parts_of(z.in_channels, z.in_block);
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
+    const bool copied = z.planes || (blocks.size() > 1 && count > 1);  // to lie side by side, for several products
     const int64_t fitting = std::max<int64_t>(1, NEXT / int64_t(sizeof(Number)) / ((inputs + outputs) * BLOCK));
 #pragma omp parallel num_threads(z.threads)
     {
       Work work;
       work.kernels.resize(TOGETHER * BLOCK * BLOCK);
-      work.sums.resize(z.kernels * count * std::min(BLOCK, z.in_channels) * std::min(BLOCK, z.out_channels));
+      work.sums.resize(z.kernels * count * std::min(z.in_block, z.in_channels) * std::min(z.out_block, z.out_channels));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], false, ordered);
@@ -215,7 +220,7 @@ template <typename Number> class Mixed {
           for (size_t b = 0; b < blocks.size(); b++) {
             const Range depth = depths[d], block = blocks[b];
             std::fill(work.sums.begin(), work.sums.end(), Number(0));
-            if (z.planes || blocks.size() > 1) work.copy.resize(fitting * outputs * BLOCK);
+            if (copied) work.copy.resize(fitting * outputs * BLOCK);
             Number *shares = routing_grad + (d * blocks.size() + b) * z.samples * z.kernels;  // zeros
             if (part < int64_t(samples.size()))
               for (const Range &some : parts_of(samples[part].length(), fitting)) {
@@ -306,7 +311,7 @@ template <typename Number> class Mixed {
 
   // Copy some channels of a map to where they lie pixel by pixel.
   void take(Map map, int64_t pixels, int64_t width, Number *to) const {
-    if (z.planes) return transpose(map.begin, map.channel, width, pixels, to, width);
+    if (z.planes) return transpose<true, false>(map.begin, map.channel, width, pixels, to, width, 2 * LINE);
     for (int64_t p = 0; p < pixels; p++) std::copy_n(map.begin + p * map.pixel, width, to + p * width);
   }
 
@@ -367,23 +372,35 @@ template <typename Number> class Mixed {
     return columns;
   }
 
+  // Let the cache fetch some channels of pixels, of which one number of each line is named.
+  static ALWAYS_INLINE void fetch_pixels(Map map, int64_t pixels, int64_t channels) {
+    const int64_t along = std::max<int64_t>(1, LINE / map.pixel), across = std::max<int64_t>(1, LINE / map.channel);
+    for (int64_t p = 0; p < pixels; p += along)
+      for (int64_t c = 0; c < channels; c += across) fetch(map.begin, p * map.pixel + c * map.channel);
+  }
+
   // Add to a sample's map what a block of one tap gives.
   void add_up(Map from, const Tap &tap, const Number *kernel, int64_t deep, int64_t width,
-              const std::vector<Columns> &columns, Number *to, int64_t pitch, bool back) const {
+              const std::vector<Columns> &columns, Number *to, int64_t pitch, bool back, bool begins) const {
     const int64_t from_step = back ? from.pixel : z.right * from.pixel, to_step = back ? z.right * pitch : pitch;
-    for (const auto &[some, most] : columns) {
-      const int64_t length = tap.columns.length(), tiles = (length + most - 1) / most;
-      for (int64_t r = 0; r < tap.rows.length(); r++) {
-        const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
-        const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
-        const Number *numbers = from.begin + (back ? position : pixel) * from.pixel;
-        Number *sums = to + (back ? pixel : position) * pitch + some.first;
-        for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
-          last = length * (tile + 1) / tiles;
-          adding<Number>(last - first, some.length())({numbers + first * from_step, from_step, from.channel, 0},
-                                                      {kernel + some.first, width, 0}, {1, deep, some.length()},
-                                                      sums + first * to_step, to_step);
+    int64_t most = MORE_SUMS;
+    for (const auto &of : columns) most = std::min(most, of.sums);
+    const int64_t length = tap.columns.length(), tiles = (length + most - 1) / most;
+    for (int64_t r = 0; r < tap.rows.length(); r++) {
+      const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
+      const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
+      const Number *numbers = from.begin + (back ? position : pixel) * from.pixel;
+      Number *sums = to + (back ? pixel : position) * pitch;
+      for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
+        last = length * (tile + 1) / tiles;
+        if (&tap == &taps[0]) {  // what comes next from far, or goes there
+          fetch_pixels({numbers + last * from_step, from_step, from.channel}, last - first, deep);
+          fetch_pixels({sums + last * to_step, to_step, 1}, last - first, width);
         }
+        for (const auto &of : columns)
+          adding<Number>(last - first, of.range.length())(
+              {numbers + first * from_step, from_step, from.channel, 0}, {kernel + of.range.first, width, 0},
+              {1, deep, of.range.length(), begins}, sums + first * to_step + of.range.first, to_step);
       }
     }
   }
@@ -393,15 +410,18 @@ template <typename Number> class Mixed {
                 const std::vector<Columns> &columns, const Tap &tap, Number *kernel) const {
     const int64_t pixel = tap.row * z.width + tap.column;
     const int64_t position = tap.rows.first * z.columns + tap.columns.first;
-    for (const auto &[some, most] : columns)
-      for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
-        last = deep * (tile + 1) / tiles;
-        adding<Number>(last - first, some.length())(
-            {input.begin + pixel * input.pixel + first * input.channel, input.channel, z.right * input.pixel,
-             z.down * z.width * input.pixel},
-            {grad + position * pitch + some.first, pitch, z.columns * pitch},
-            {tap.rows.length(), tap.columns.length(), some.length()}, kernel + first * width + some.first, width);
-      }
+    const int64_t most_near = z.planes ? std::max<int64_t>(1, tap.columns.length()) : NEAR_PIXELS;
+    for (const Range &near : parts_of(tap.columns.length(), most_near)) {
+      for (const auto &[some, most] : columns)
+        for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
+          last = deep * (tile + 1) / tiles;
+          adding<Number>(last - first, some.length())(
+              {input.begin + (pixel + near.first * z.right) * input.pixel + first * input.channel, input.channel,
+               z.right * input.pixel, z.down * z.width * input.pixel},
+              {grad + (position + near.first) * pitch + some.first, pitch, z.columns * pitch},
+              {tap.rows.length(), near.length(), some.length(), false}, kernel + first * width + some.first, width);
+        }
+    }
   }
 };
 

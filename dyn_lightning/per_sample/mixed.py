@@ -75,7 +75,8 @@ def _backward(
         call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, ordered, input_grad)
         gradients.append(input_grad)
     if needed[1] or needed[2]:
-        blocks = math.prod(-(-channels // BLOCK) for channels in weight.shape[1:3])
+        most = _block(weight.shape, _is_planes(input))
+        blocks = math.prod(-(-channels // most) for channels, most in zip(weight.shape[1:3], most, strict=True))
         parts = _parts(blocks, weight.numel(), len(input), torch.get_num_threads())
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
@@ -92,9 +93,22 @@ def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
     return max(1, min(wanted, samples, MOST_IN_PARTS // numbers))
 
 
+def _block(weight: torch.Size, planes: bool) -> tuple[int, int]:
+    """Give the most output and input channels of a block: where one side has few, products of pixels have more of the
+    other, so that they read and write whole pixels.
+    """
+    if planes or math.prod(weight[3:]) > 1:
+        return BLOCK, BLOCK
+    out_channels, in_channels = (max(BLOCK, BLOCK**2 // channels // 16 * 16) for channels in (weight[2], weight[1]))
+    return out_channels, in_channels
+
+
+def _is_planes(input: Tensor) -> bool:
+    return format_of(input) == torch.contiguous_format
+
+
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:
-    planes = format_of(input) == torch.contiguous_format
-    return _sizes(input.shape, weight.shape, geometry, planes, parts, torch.get_num_threads())
+    return _sizes(input.shape, weight.shape, geometry, _is_planes(input), parts, torch.get_num_threads())
 
 
 @remembered
@@ -107,7 +121,7 @@ def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bo
     if multiplies(weight, geometry):
         outputs = pixels = [1, math.prod(pixels)]  # a long row is divided better than several short ones
     sizes = [samples, kernels, in_channels, *pixels, out_channels, *outputs, *kernel]
-    sizes += [*stride, *padding, *dilation, planes, parts, threads]
+    sizes += [*stride, *padding, *dilation, planes, *reversed(_block(weight, planes)), parts, threads]
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
