@@ -102,13 +102,13 @@ def test_any_batch_and_number_of_kernels(batch: int, kernels: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1)])
 @pytest.mark.parametrize("channels", [(16, 300), (300, 16), (24, 144), (40, 210), (21, 37)])
-def test_blocks_of_whole_pixels(channels: Pair, stride: int, dtype: torch.dtype) -> None:
+def test_blocks_of_whole_pixels(channels: Pair, stride: int, padding: int, dtype: torch.dtype) -> None:
     """Of more channels than others, for maps of more pixels than are multiplied at once."""
     for layout in LAYOUTS:
         tensors = draw(channels=channels, size=(13, 11), kernel=(1, 1), dtype=dtype, layout=layout)
-        assert_equals_the_loop(tensors, stride=stride)
+        assert_equals_the_loop(tensors, stride=stride, padding=padding)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 16])
