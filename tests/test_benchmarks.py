@@ -231,7 +231,8 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
             found[what.format(**result)] = result["milliseconds"]
     for row, times in found.items():
         static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
-        columns = [times[name] / static for name in ("grouped", "matmul", "mixture", "chunked", "timm", "auto")]
+        shown = ("grouped", "matmul", "mixture", "chunked", "cpp", "timm", "auto")
+        columns = [times[name] / static for name in shown]
         ratios = " | ".join(f"{ratio:.2f}" for ratio in (*columns, times["auto"] / best))
         assert f"| {row} | {static:.1f} ms | {ratios} |" in log
 

@@ -231,7 +231,7 @@ template <typename Pixel> class SampleBySample {
   const int64_t weights = z.kernel_rows * z.kernel_columns, numbers = weights * pixels.pitch;
 
  public:
-  explicit SampleBySample(const Sizes &sizes) : z(sizes), pixels(sizes, sizes.channels) {}
+  explicit SampleBySample(const Sizes &sizes) : z(sizes), pixels(sizes, sizes.channels, false) {}
 
   void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
@@ -278,7 +278,7 @@ template <typename Pixel> class SampleBySample {
   }
 };
 
-// As many planes at once as a vector has lanes, turned to lie side by side.
+// As many planes at once as a vector has lanes, turned to lie side by side, with zeros between their rows.
 template <typename Pixel> class PlanesTogether {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int64_t LANES = ::LANES<Number>;
@@ -288,17 +288,20 @@ template <typename Pixel> class PlanesTogether {
   const int64_t planes = z.samples * z.channels;
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
   const int64_t weights = z.kernel_rows * z.kernel_columns;
+  // Where a plane's pixels lie: the input's as the output meets them, and the other way round.
+  const std::vector<int64_t> of_input = places(inputs, z.width, pixels.output);
+  const std::vector<int64_t> of_output = places(outputs, z.columns, pixels.input);
 
   struct Maps {
-    std::vector<Number> input, output, kernel;
+    std::vector<Number> input, output, kernel, result;
   };
   Maps maps() const {
-    return {std::vector<Number>(inputs * LANES), std::vector<Number>(outputs * LANES),
-            std::vector<Number>(weights * LANES)};
+    return {std::vector<Number>(pixels.output.room() * LANES), std::vector<Number>(pixels.input.room() * LANES),
+            std::vector<Number>(weights * LANES), std::vector<Number>(std::max(inputs, outputs) * LANES)};
   }
 
  public:
-  explicit PlanesTogether(const Sizes &sizes) : z(sizes), pixels(sizes, LANES) {}
+  explicit PlanesTogether(const Sizes &sizes) : z(sizes), pixels(sizes, LANES, true) {}
 
   void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
@@ -307,10 +310,10 @@ template <typename Pixel> class PlanesTogether {
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
-        take(kernels + p * weights, weights, count, of.kernel);
-        take(input + p * inputs, inputs, count, of.input);
-        pixels.add_up(of.input.data(), pixels.output, of.kernel.data(), of.output.data());
-        give(of.output, outputs, count, output + p * outputs);
+        take(kernels + p * weights, weights, count, of.kernel, InOrder());
+        take(input + p * inputs, inputs, count, of.input, at(of_input));
+        pixels.add_up(first(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data());
+        give(of.result, outputs, count, output + p * outputs);
       }
     }
   }
@@ -324,25 +327,40 @@ template <typename Pixel> class PlanesTogether {
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
-        take(grad + p * outputs, outputs, count, of.output);
+        take(grad + p * outputs, outputs, count, of.output, at(of_output));
         if (kernels_grad) {
-          take(input + p * inputs, inputs, count, of.input);
-          pixels.multiply(of.input.data(), of.output.data(), of.kernel.data());
+          take(input + p * inputs, inputs, count, of.input, at(of_input));
+          pixels.multiply(first(of.input, pixels.output), first(of.output, pixels.input), of.kernel.data());
           give(of.kernel, weights, count, kernels_grad + p * weights);
         }
         if (input_grad) {
-          take(kernels + p * weights, weights, count, of.kernel);
-          pixels.add_up(of.output.data(), pixels.input, of.kernel.data(), of.input.data());
-          give(of.input, inputs, count, input_grad + p * inputs);
+          take(kernels + p * weights, weights, count, of.kernel, InOrder());
+          pixels.add_up(first(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data());
+          give(of.result, inputs, count, input_grad + p * inputs);
         }
       }
     }
   }
 
  private:
+  template <typename Side> static std::vector<int64_t> places(int64_t count, int64_t width, const Side &side) {
+    std::vector<int64_t> found;
+    for (int64_t p = 0; p < count; p++) found.push_back(side.front + p / width * side.met_width + p % width);
+    return found;
+  }
+
+  static auto at(const std::vector<int64_t> &places) {
+    return [of = places.data()](int64_t pixel) { return of[pixel]; };
+  }
+
+  template <typename Side> static const Number *first(const std::vector<Number> &map, const Side &side) {
+    return map.data() + side.front * LANES;
+  }
+
   // Turn some planes, and let the cache fetch those that come next.
-  static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to) {
-    transpose<true, false>(planes, length, count, length, to.data(), LANES, LANES * length);
+  template <typename Place>
+  static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to, Place place) {
+    transpose<true, false>(planes, length, count, length, to.data(), LANES, LANES * length, place);
   }
   static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes) {
     transpose<false, true>(from.data(), LANES, length, count, planes, length, LANES * length);

@@ -15,18 +15,40 @@ struct Sizes {  // in the order in which Python gives them
       dilation_rows, dilation_columns, threads, together;
 };
 
-// Of as many channels as a vector has, or more; the last two vectors may overlap. Padding is skipped, as torch skips it.
-// `fetches` lets the cache fetch the next rows, which pays unless the maps are near already.
+// Of as many channels as a vector has, or more; the last two vectors may overlap. Padding is skipped, as torch skips it;
+// if the caller lays zeros between the rows of what is read, that beside them is read where it makes runs so much longer
+// that less is loaded, as in narrow maps. `fetches` lets the cache fetch the next rows, which pays unless the maps are
+// near already.
 template <typename Pixel, bool fetches> class Pixels {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>, TOGETHER = 8;  // columns of a run
   using Vector = ::Vector<Number>;
 
   struct Meeting {
-    int64_t weight, place;  // which row or column of the kernel, and where on the other side
+    int64_t weight, place;  // which row or column of the kernel, and where on the other side, or in zeros beside it
     bool operator==(const Meeting &other) const { return weight == other.weight && place == other.place; }
   };
   using Meetings = std::vector<std::vector<Meeting>>;  // of each row or column of one side
+
+  // Rows or columns.
+  struct Axis {
+    int64_t outputs, inputs, step, before, weights, dilation;
+
+    // What those of the output meet of the input, or the other way round; places ascend.
+    Meetings meetings(bool back, bool zeros) const {
+      const int64_t count = back ? inputs : outputs, met = back ? outputs : inputs;
+      Meetings found(count);
+      for (int64_t o = 0; o < count; o++)
+        for (int64_t i = 0; i < weights; i++) {
+          const int64_t weight = back ? weights - 1 - i : i;
+          const int64_t distance = back ? o + before - weight * dilation : o * step - before + weight * dilation;
+          const int64_t place = back ? distance / step : distance;
+          const bool meets = !back || distance % step == 0;
+          if (meets && (zeros || (place >= 0 && place < met))) found[o].push_back({weight, place});
+        }
+      return found;
+    }
+  };
 
   // Columns, `step` apart, that meet the same weights, at places `met_step` apart; `met` is what the first one meets.
   struct Run {
@@ -36,6 +58,7 @@ template <typename Pixel, bool fetches> class Pixels {
 
   struct Side {
     int64_t width, met_height, met_width, step, met_step;
+    int64_t front;  // zeros before the other side's first row; `met_width` has those between rows
     Meetings rows;
     std::vector<Run> runs;
     std::vector<int64_t> reached;  // rows of the other side up to the last that each row, or one before it, meets
@@ -45,6 +68,8 @@ template <typename Pixel, bool fetches> class Pixels {
       const int64_t height = reached.size();
       return row / height * met_height + reached[row % height];
     }
+
+    int64_t room() const { return front + met_height * met_width; }  // of the other side
   };
 
   const Sizes &z;
@@ -55,16 +80,14 @@ template <typename Pixel, bool fetches> class Pixels {
   std::vector<int64_t> first;             // channel of each vector
   Side output, input;
 
-  Pixels(const Sizes &sizes, int64_t channels) : z(sizes), channels(channels) {
-    const auto rows = meetings(z.rows, z.down, z.above, z.kernel_rows, z.dilation_rows, z.height);
-    const auto columns = meetings(z.columns, z.right, z.left, z.kernel_columns, z.dilation_columns, z.width);
-    output = {z.columns, z.height, z.width, 1, z.right, rows, runs(columns, 1, z.right), reached(rows)};
-    const auto rows_back = turned(rows, z.height), columns_back = turned(columns, z.width);
-    input = {z.width, z.rows, z.columns, z.right, 1, rows_back, runs(columns_back, z.right, 1), reached(rows_back)};
+  Pixels(const Sizes &sizes, int64_t channels, bool zeros) : z(sizes), channels(channels) {
+    const Axis rows = {z.rows, z.height, z.down, z.above, z.kernel_rows, z.dilation_rows};
+    const Axis columns = {z.columns, z.width, z.right, z.left, z.kernel_columns, z.dilation_columns};
+    output = side(rows, columns, false, zeros), input = side(rows, columns, true, zeros);
     for (int64_t v = 0; v < vectors; v++) first.push_back(std::min(v * LANES, channels - LANES));
   }
 
-  // Give each pixel of a side the sum of those that it meets, each times a weight.
+  // Give each pixel of a side the sum of those that it meets, each times a weight; `from` has the other side's zeros.
   void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to) const {
     for_runs(from, side, to, [&](auto count, int64_t r, const Run &run, int64_t v) {
       Vector sum[count] = {};
@@ -79,16 +102,16 @@ template <typename Pixel, bool fetches> class Pixels {
     });
   }
 
-  // Multiply what each weight sees with the output's gradient.
+  // Multiply what each weight sees with the output's gradient; both have their zeros.
   void multiply(const Pixel *map, const Pixel *grad, Number *kernel) const {
     std::fill_n(kernel, z.kernel_rows * z.kernel_columns * pitch, Number(0));
     for_runs(map, output, grad, [&](auto count, int64_t r, const Run &run, int64_t v) {
       Vector of[count];
-      const Pixel *pixel = grad + (r * z.columns + run.first) * channels + first[v];
+      const Pixel *pixel = grad + (r * input.met_width + run.first) * channels + first[v];
       for (int i = 0; i < count; i++) of[i] = load(pixel + i * channels);
       for (const Meeting &row : output.rows[r])
         for (const Meeting &column : run.met) {
-          const Pixel *pixel = map + (row.place * z.width + column.place) * channels + first[v];
+          const Pixel *pixel = map + (row.place * output.met_width + column.place) * channels + first[v];
           Number *sum = kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES;
           Vector total = load(sum);
           for (int i = 0; i < count; i++) total += of[i] * load(pixel + i * z.right * channels);
@@ -98,21 +121,26 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
  private:
-  static Meetings meetings(int64_t outputs, int64_t step, int64_t before, int64_t weights, int64_t dilation,
-                           int64_t inputs) {
-    Meetings found(outputs);
-    for (int64_t o = 0; o < outputs; o++)
-      for (int64_t w = 0; w < weights; w++) {
-        const int64_t place = o * step - before + w * dilation;
-        if (place >= 0 && place < inputs) found[o].push_back({w, place});
-      }
-    return found;
+  static Side side(const Axis &rows, const Axis &columns, bool back, bool zeros) {
+    const int64_t step = back ? columns.step : 1, met_step = back ? 1 : columns.step;
+    const int64_t width = back ? columns.inputs : columns.outputs, met_width = back ? columns.outputs : columns.inputs;
+    const auto met = rows.meetings(back, false), beside = columns.meetings(back, true);
+    auto found = runs(columns.meetings(back, false), step, met_step);
+    int64_t front = 0, behind = 0;
+    if (auto longer = runs(beside, step, met_step); zeros && loads(longer) < loads(found)) {
+      found = std::move(longer);
+      for (const auto &meetings : beside)
+        for (const Meeting &meeting : meetings)
+          front = std::max(front, -meeting.place), behind = std::max(behind, meeting.place + 1 - met_width);
+    }
+    return {width, back ? rows.outputs : rows.inputs, met_width + std::max(front, behind), step, met_step, front, met,
+            found, reached(met)};
   }
 
-  static Meetings turned(const Meetings &meetings, int64_t count) {
-    Meetings found(count);
-    for (size_t o = 0; o < meetings.size(); o++)
-      for (const Meeting &met : meetings[o]) found[met.place].push_back({met.weight, int64_t(o)});
+  // Vectors that are loaded for a row of the kernel: a weight, and what it is multiplied with.
+  static int64_t loads(const std::vector<Run> &runs) {
+    int64_t found = 0;
+    for (const Run &run : runs) found += run.met.size() * (1 + run.count);
     return found;
   }
 

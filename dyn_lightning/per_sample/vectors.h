@@ -109,10 +109,15 @@ inline void exchange(Vector<Number> *vectors, std::integer_sequence<int, lane...
 }
 #endif
 
+struct InOrder {
+  int64_t operator()(int64_t column) const { return column; }
+};
+
 // Transpose rows, which lie so far apart, and let the cache fetch what lies `ahead` of what is read, or written, too.
-template <bool fetches_from = false, bool fetches_to = false, typename From, typename To>
+// `place` says which row a column becomes.
+template <bool fetches_from = false, bool fetches_to = false, typename From, typename To, typename Place = InOrder>
 void transpose(const From *from, int64_t from_step, int64_t rows, int64_t columns, To *to, int64_t to_step,
-               int64_t ahead = 0) {
+               int64_t ahead = 0, Place place = Place()) {
   using Number = typename Computed<From>::Number;
   constexpr int lanes = LANES<Number>;
   for (int64_t r = 0; r < rows; r += lanes)
@@ -122,21 +127,22 @@ void transpose(const From *from, int64_t from_step, int64_t rows, int64_t column
         const int64_t row = std::min(r, rows - lanes), column = std::min(c, columns - lanes);
         Vector<Number> vectors[lanes];
         for (int i = 0; i < lanes; i++) {
-          const From *place = from + (row + i) * from_step + column;
-          if (fetches_from) fetch(place, ahead);
-          vectors[i] = load(place);
+          const From *const read = from + (row + i) * from_step + column;
+          if (fetches_from) fetch(read, ahead);
+          vectors[i] = load(read);
         }
         exchange<Number, lanes / 2>(vectors, std::make_integer_sequence<int, lanes>());
         for (int i = 0; i < lanes; i++) {
-          To *place = to + (column + i) * to_step + row;
-          if (fetches_to) fetch(place, ahead);
-          store(vectors[i], place);
+          To *const written = to + place(column + i) * to_step + row;
+          if (fetches_to) fetch(written, ahead);
+          store(vectors[i], written);
         }
         continue;
       }
 #endif
       for (int64_t i = r; i < std::min(r + lanes, rows); i++)
-        for (int64_t j = c; j < std::min(c + lanes, columns); j++) assign(from[i * from_step + j], to[j * to_step + i]);
+        for (int64_t j = c; j < std::min(c + lanes, columns); j++)
+          assign(from[i * from_step + j], to[place(j) * to_step + i]);
     }
 }
 

@@ -93,8 +93,8 @@ def measure_layer(
 
     with torch.set_grad_enabled(training):
         case = (stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
-        also = [] if why_not(*case, options.device.type) else ["cpp"]
-        functions = {name: partial(compute, name) for name in [*names(options), *also]}
+        serves = not why_not(*case, options.device.type)
+        functions = {name: partial(compute, name) for name in names(options) if name != "cpp" or serves}
         times = interleaved(functions, options.rounds, options.device, patience=4, least_ms=5)
         peaks = {name: round(peak_bytes(function, options.device) / 2**20, 3) for name, function in functions.items()}
     return times, peaks, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
@@ -103,7 +103,7 @@ def measure_layer(
 def layers(options: Any) -> list[dict[str, Any]]:
     """Measure every layer shape at every job, and say how good the choices are."""
     results = []
-    columns = [*names(options)[1:], *(["cpp"] if options.device.type == "cpu" else [])]
+    columns = names(options)[1:]
     for job, (batch, training) in JOBS.items():
         if job not in options.jobs:
             continue

@@ -25,6 +25,8 @@ from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.by_name import has_triton
+from dyn_lightning.per_sample.geometry import Geometry
+from dyn_lightning.per_sample.mixed import why_not
 from dyn_lightning.routing import SoftmaxAttention
 from experiments.benchmarks.timing import give_back_memory, in_turn, milliseconds
 
@@ -66,7 +68,8 @@ class PeerConv2d(nn.Module):
 def names(options: Any) -> list[str]:
     """Name what is measured on a device beside the one that is chosen."""
     triton = ["triton"] if options.device.type == "cuda" and has_triton() else []
-    return ["static", "grouped", "matmul", "mixture", "chunked", *triton, "timm"]
+    cpp = ["cpp"] if options.device.type == "cpu" and options.dtype == torch.float32 else []
+    return ["static", "grouped", "matmul", "mixture", "chunked", *cpp, *triton, "timm"]
 
 
 def head(columns: list[str]) -> str:
@@ -145,9 +148,14 @@ def _begin(network: str, name: str, kernels: int, size: int, batch: int, trainin
 
 
 def _use(name: str) -> None:
+    """Have our layers compute by a method, or as groups where ``cpp`` does not compute them."""
     for layer in _here["model"].modules():
         if isinstance(layer, DynamicConv2d):
-            layer.method = name
+            geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+            other = name == "cpp" and why_not(
+                layer.weight.shape, geometry, layer.weight.dtype, layer.weight.device.type
+            )
+            layer.method = "grouped" if other else name
 
 
 def _times(name: str) -> list[float]:

@@ -22,6 +22,7 @@ COLOURS = {
     "matmul": "#fdae6b",
     "mixture": "#c994c7",
     "chunked": "#a1d99b",
+    "cpp": "#08519c",
     "triton": "#8c6d31",
     "auto": "#d62728",
 }
