@@ -42,9 +42,11 @@ class Costs(NamedTuple):
 
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
-    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call, and what comes out."""
-    mixed = case.mixed_weights()
-    return mixed, case.weight[0] * mixed, case.multiply_adds(), 1, case.outputs()
+    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call, what comes out, and the
+    first again where a product has few columns, which takes as long as with more.
+    """
+    mixed, few = case.mixed_weights(), case.positions() <= FEW_POSITIONS
+    return mixed, case.weight[0] * mixed, case.multiply_adds(), 1, case.outputs(), mixed if few else 0
 
 
 def mixture_work(case: Case) -> tuple[int, ...]:
@@ -54,9 +56,10 @@ def mixture_work(case: Case) -> tuple[int, ...]:
 
 
 def cpp_work(case: Case) -> tuple[int, ...]:
-    """Count the same as where all kernels are mixed first, and what it takes, but no maps that need not be turned."""
-    *work, outputs = mixed_first_work(case)
-    return *work, 0 if case.channels_last else math.prod(case.input) + outputs
+    """Count the same as where all kernels are mixed first, and the numbers of maps that are turned."""
+    *work, outputs, _ = mixed_first_work(case)
+    turned = 2 * outputs + math.prod(case.input) if case.training else outputs
+    return *work, 0 if case.channels_last else turned
 
 
 Kind = tuple[bool, bool, str]
@@ -72,43 +75,43 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # contiguous maps, freed memory kept.
 CPU_COSTS = {
     (True, True, "several"): Costs(
-        (3020, 80.3, 14.4, 41.2e6, 293),
-        (37.4, 480, 3990, 412e6),
-        (0, 422, 9.04, 777e6, 554),
+        (1540, 49.7, 32.4, 110e6, 309, 2940),
+        (34.1, 860, 5130, 583e6),
+        (0, 364, 14.5, 407e6, 134),
     ),
     (True, False, "several"): Costs(
-        (1580, 0, 5.01, 4.25e6, 44.4),
-        (28.1, 136, 565, 69.7e6),
-        (21.6, 62.3, 3.33, 28e6, 411),
+        (650, 0, 7.35, 14.8e6, 53.4, 1290),
+        (28.7, 243, 645, 88.6e6),
+        (58.3, 71.7, 4.17, 28.6e6, 148),
     ),
     (True, False, "one"): Costs(
-        (87.7, 62.9, 4.6, 10.5e6, 1570),
-        (16.4, 132, 639, 75.4e6),
-        (67, 580, 12.1, 17.2e6, 582),
+        (155, 70, 8.13, 19.4e6, 582, 0),
+        (14.1, 140, 486, 84.2e6),
+        (571, 639, 24.3, 27.5e6, 96.9),
     ),
     (False, True, "several"): Costs(
-        (5670, 68.1, 13.7, 0, 2210),
-        (71.6, 833, 0, 0),
-        (0, 676, 8.51, 0, 291),
+        (3210, 12.2, 21, 948e6, 1430, 942),
+        (40.6, 1110, 0, 1670e6),
+        (9.53, 405, 14, 537e6, 0),
     ),
     (False, False, "several"): Costs(
-        (2520, 8.07, 2.1, 0, 0),
-        (40.4, 367, 323, 0),
-        (10.3, 95.6, 3.63, 0, 66.6),
+        (871, 0, 4.26, 1040e6, 1220, 245),
+        (18.4, 385, 181, 363e6),
+        (18.4, 48.3, 6.23, 16e6, 0),
     ),
     (False, False, "one"): Costs(
-        (1550, 35.7, 5.69, 228e6, 0),
-        (20.4, 205, 0, 34.9e6),
-        (317, 872, 14.5, 0, 0),
+        (954, 72, 8.5, 23.6e6, 0, 193),
+        (16, 190, 0, 88.7e6),
+        (748, 1030, 13.2, 0, 2170),
     ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True, "several"): Costs((7, 0, 0.015, 0, 0), (0.015, 7, 7, 0)),
-    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0), (0.005, 2.4, 2.4, 0)),
-    (False, True, "several"): Costs((7, 0, 0.075, 0, 0), (0.015, 7, 7, 0)),
-    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (True, True, "several"): Costs((7, 0, 0.015, 0, 0, 0), (0.015, 7, 7, 0)),
+    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (False, True, "several"): Costs((7, 0, 0.075, 0, 0, 0), (0.015, 7, 7, 0)),
+    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
 }
 
 

@@ -38,7 +38,7 @@ from experiments.benchmarks.dynamic_conv.layers import quality
 WORKS = (mixed_first_work, mixture_work, cpp_work)  # in the order of `Costs`
 # A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in this
 # unit. And what it costs to move the numbers away from the lines, which keeps those that no choice depends on.
-UNSURE, STAY = 0.1, 2e-4
+UNSURE, STAY = 0.1, 1e-3
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
 
