@@ -76,17 +76,17 @@ def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_lines_are_the_costs_that_made_the_times() -> None:
-    costs = Costs((5000, 300, 40, 2e8, 500), (30, 2000, 900, 5e8), (70, 400, 30, 3e8, 600))
+    costs = Costs((5000, 300, 40, 0, 500, 800), (30, 2000, 900, 5e8), (70, 400, 30, 3e8, 600))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
     for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4), (96, 14, 16)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
         case = Case(*shapes, geometry, torch.float32, "cpu", False, True, True, 2**28, True)
         weights, kept = 32 * 9 * channels**2, pixels**2  # padded by one, the map keeps its size
-        mixing = 5000 * weights + 300 * kernels * weights + 40 * kept * weights + 2e8 + 500 * 32 * channels * kept
+        mixing = (5000 + 800 * (kept <= 4) + 300 * kernels + 40 * kept) * weights + 500 * 32 * channels * kept
         mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept) + 5e8
-        turned = 2 * 32 * channels * kept
-        cpp = 70 * weights + 400 * kernels * weights + 30 * kept * weights + 3e8 + 600 * turned
+        turned = 3 * 32 * channels * kept  # the output's gradient, the output and the gradient of the input
+        cpp = (70 + 400 * kernels + 30 * kept) * weights + 3e8 + 600 * turned
         times = {"grouped": mixing * 1e-9, "mixture": mixture * 1e-9, "cpp": cpp * 1e-9}
         results.append((case, "grouped", times))
     for found, made in zip(lines(results), costs, strict=True):
