@@ -289,8 +289,8 @@ template <typename Pixel> class PlanesTogether {
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
   const int64_t weights = z.kernel_rows * z.kernel_columns;
   // Where a plane's pixels lie: the input's as the output meets them, and the other way round.
-  const std::vector<int64_t> of_input = places(inputs, z.width, pixels.output);
-  const std::vector<int64_t> of_output = places(outputs, z.columns, pixels.input);
+  const std::vector<int64_t> of_input = places(z.height, z.width, pixels.output);
+  const std::vector<int64_t> of_output = places(z.rows, z.columns, pixels.input);
 
   struct Maps {
     std::vector<Number> input, output, kernel, result;
@@ -312,7 +312,7 @@ template <typename Pixel> class PlanesTogether {
         const int64_t count = std::min(LANES, planes - p);
         take(kernels + p * weights, weights, count, of.kernel, InOrder());
         take(input + p * inputs, inputs, count, of.input, at(of_input));
-        pixels.add_up(first(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data());
+        pixels.add_up(met(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data());
         give(of.result, outputs, count, output + p * outputs);
       }
     }
@@ -330,12 +330,12 @@ template <typename Pixel> class PlanesTogether {
         take(grad + p * outputs, outputs, count, of.output, at(of_output));
         if (kernels_grad) {
           take(input + p * inputs, inputs, count, of.input, at(of_input));
-          pixels.multiply(first(of.input, pixels.output), first(of.output, pixels.input), of.kernel.data());
+          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), of.kernel.data());
           give(of.kernel, weights, count, kernels_grad + p * weights);
         }
         if (input_grad) {
           take(kernels + p * weights, weights, count, of.kernel, InOrder());
-          pixels.add_up(first(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data());
+          pixels.add_up(met(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data());
           give(of.result, inputs, count, input_grad + p * inputs);
         }
       }
@@ -343,9 +343,10 @@ template <typename Pixel> class PlanesTogether {
   }
 
  private:
-  template <typename Side> static std::vector<int64_t> places(int64_t count, int64_t width, const Side &side) {
+  template <typename Side> static std::vector<int64_t> places(int64_t height, int64_t width, const Side &side) {
     std::vector<int64_t> found;
-    for (int64_t p = 0; p < count; p++) found.push_back(side.front + p / width * side.met_width + p % width);
+    for (int64_t r = 0; r < height; r++)
+      for (int64_t c = 0; c < width; c++) found.push_back(side.front + r * side.met_width + c);
     return found;
   }
 
@@ -353,7 +354,7 @@ template <typename Pixel> class PlanesTogether {
     return [of = places.data()](int64_t pixel) { return of[pixel]; };
   }
 
-  template <typename Side> static const Number *first(const std::vector<Number> &map, const Side &side) {
+  template <typename Side> static const Number *met(const std::vector<Number> &map, const Side &side) {
     return map.data() + side.front * LANES;
   }
 

@@ -11,20 +11,19 @@
 
 namespace {
 
-// Input channels and output channels of a block; where it has fewer of one side, it may have more of the other. Its
-// products, each a number times a vector, are summed in registers: of the most vectors SUMS sums at once, of fewer
-// MORE_SUMS.
+// Input channels and output channels of a block; where it has fewer of one side, it may have more of the other, but no
+// more weights than this squared: `Sizes` say how many, in whole vectors. Its products, each a number times a vector,
+// are summed in registers: of the most vectors SUMS sums at once, of fewer MORE_SUMS.
 constexpr int64_t BLOCK = 64;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
-// Rows of some samples' blocks, and pixels of a map, that fit into the nearest cache; bytes of maps that fit into the
+// Rows of some samples' blocks, and pixels of a row, that fit into the nearest cache; bytes of maps that fit into the
 // next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEXT = 1 << 19, LAST = 1 << 22;
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
-      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts,
-      threads;
+      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts, threads;
 };
 
 struct Range {
@@ -69,7 +68,7 @@ template <typename Number> struct Rows {
 
 struct Extent {
   int64_t lines, length, width;
-  bool begins;  // sums, which had no value before
+  bool begins;  // whether the sums have no value before
 };
 
 // Add to N sums of M vectors, which lie `step` apart; the last vector may overlap with the one before. Unrolled early:
@@ -125,7 +124,8 @@ template <typename Number> int64_t sums_of(int64_t width) {
 }
 
 template <typename Number> class Mixed {
-  static constexpr int LANES = ::LANES<Number>, LINE = 64 / sizeof(Number);  // of the cache
+  static constexpr int LANES = ::LANES<Number>;
+  static constexpr int LINE = 64 / sizeof(Number);  // of the cache
 
   const Sizes &z;
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
@@ -147,8 +147,11 @@ template <typename Number> class Mixed {
   void convolve(const Number *from, const Number *routing, const Number *weight, Number *ordered, Number *to,
                 bool back) const {
     const int64_t deep = back ? z.out_channels : z.in_channels, wide = back ? z.in_channels : z.out_channels;
+    const int64_t widest = back ? z.in_block : z.out_block;
     const int64_t pixels = back ? inputs : outputs, read = (back ? outputs : inputs) * deep;
-    const auto blocks = parts_of(wide, back ? z.in_block : z.out_block, LANES);
+    // Then the sums begin with the first tap, and otherwise with zeros in memory.
+    const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == pixels;
+    const auto blocks = parts_of(wide, widest, LANES);
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
     const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
@@ -170,9 +173,8 @@ template <typename Number> class Mixed {
           const auto depths = parts_of(deep, BLOCK * BLOCK / block.length());
           const int64_t pitch = z.planes ? block.length() : wide;
           Number *const written = to + samples[g].first * pixels * wide;
-          if (z.planes) sums.resize(most * pixels * std::min(BLOCK, wide));  // not by threads that have nothing to do
+          if (z.planes) sums.resize(most * pixels * std::min(widest, wide));  // not by threads that have nothing to do
           Number *const begin = z.planes ? sums.data() : written + block.first;
-          const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == pixels;  // else there are zeros
           for (int64_t p = 0; !gives_all && p < samples[g].length() * pixels; p++)
             std::fill_n(begin + p * pitch, block.length(), Number(0));
           const Number *mixed_of = ordered + block.first * count * deep * z.kernels;
@@ -204,7 +206,8 @@ template <typename Number> class Mixed {
                      Number *ordered, Number *routing_grad, Number *weight_grad) const {
     const auto blocks = parts_of(z.out_channels, z.out_block, LANES), depths = parts_of(z.in_channels, z.in_block);
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
-    const bool copied = z.planes || (blocks.size() > 1 && count > 1);  // to lie side by side, for several products
+    // To lie side by side, for several products; a single row is multiplied a few pixels at a time.
+    const bool copied = z.planes || (blocks.size() > 1 && count * z.rows > 1);
     const int64_t fitting = std::max<int64_t>(1, NEXT / int64_t(sizeof(Number)) / ((inputs + outputs) * BLOCK));
 #pragma omp parallel num_threads(z.threads)
     {
@@ -220,7 +223,7 @@ template <typename Number> class Mixed {
           for (size_t b = 0; b < blocks.size(); b++) {
             const Range depth = depths[d], block = blocks[b];
             std::fill(work.sums.begin(), work.sums.end(), Number(0));
-            if (copied) work.copy.resize(fitting * outputs * BLOCK);
+            if (copied) work.copy.resize(fitting * outputs * std::min(z.out_block, z.out_channels));
             Number *shares = routing_grad + (d * blocks.size() + b) * z.samples * z.kernels;  // zeros
             if (part < int64_t(samples.size()))
               for (const Range &some : parts_of(samples[part].length(), fitting)) {
@@ -372,18 +375,18 @@ template <typename Number> class Mixed {
     return columns;
   }
 
-  // Let the cache fetch some channels of pixels, of which one number of each line is named.
-  static ALWAYS_INLINE void fetch_pixels(Map map, int64_t pixels, int64_t channels) {
+  // Let the cache fetch some channels of pixels from the first on, line by line.
+  static ALWAYS_INLINE void fetch_pixels(Map map, int64_t first, int64_t pixels, int64_t channels) {
     const int64_t along = std::max<int64_t>(1, LINE / map.pixel), across = std::max<int64_t>(1, LINE / map.channel);
     for (int64_t p = 0; p < pixels; p += along)
-      for (int64_t c = 0; c < channels; c += across) fetch(map.begin, p * map.pixel + c * map.channel);
+      for (int64_t c = 0; c < channels; c += across) fetch(map.begin, (first + p) * map.pixel + c * map.channel);
   }
 
   // Add to a sample's map what a block of one tap gives.
   void add_up(Map from, const Tap &tap, const Number *kernel, int64_t deep, int64_t width,
               const std::vector<Columns> &columns, Number *to, int64_t pitch, bool back, bool begins) const {
     const int64_t from_step = back ? from.pixel : z.right * from.pixel, to_step = back ? z.right * pitch : pitch;
-    int64_t most = MORE_SUMS;
+    int64_t most = MORE_SUMS;  // of all columns, so that pixels are written whole
     for (const auto &of : columns) most = std::min(most, of.sums);
     const int64_t length = tap.columns.length(), tiles = (length + most - 1) / most;
     for (int64_t r = 0; r < tap.rows.length(); r++) {
@@ -393,9 +396,9 @@ template <typename Number> class Mixed {
       Number *sums = to + (back ? pixel : position) * pitch;
       for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
         last = length * (tile + 1) / tiles;
-        if (&tap == &taps[0]) {  // what comes next from far, or goes there
-          fetch_pixels({numbers + last * from_step, from_step, from.channel}, last - first, deep);
-          fetch_pixels({sums + last * to_step, to_step, 1}, last - first, width);
+        if (&tap == &taps[0]) {  // the next tile's, which no tap before has brought near
+          fetch_pixels({numbers, from_step, from.channel}, last, last - first, deep);
+          fetch_pixels({sums, to_step, 1}, last, last - first, width);
         }
         for (const auto &of : columns)
           adding<Number>(last - first, of.range.length())(
@@ -410,8 +413,7 @@ template <typename Number> class Mixed {
                 const std::vector<Columns> &columns, const Tap &tap, Number *kernel) const {
     const int64_t pixel = tap.row * z.width + tap.column;
     const int64_t position = tap.rows.first * z.columns + tap.columns.first;
-    const int64_t most_near = z.planes ? std::max<int64_t>(1, tap.columns.length()) : NEAR_PIXELS;
-    for (const Range &near : parts_of(tap.columns.length(), most_near)) {
+    for (const Range &near : parts_of(tap.columns.length(), z.planes ? z.columns : NEAR_PIXELS))
       for (const auto &[some, most] : columns)
         for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
           last = deep * (tile + 1) / tiles;
@@ -421,7 +423,6 @@ template <typename Number> class Mixed {
               {grad + (position + near.first) * pitch + some.first, pitch, z.columns * pitch},
               {tap.rows.length(), near.length(), some.length(), false}, kernel + first * width + some.first, width);
         }
-    }
   }
 };
 

@@ -1,9 +1,9 @@
 """The per-sample convolution in C++ of our own, which mixes a block of the kernels where it is used.
 
-The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of 64
-input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps from
-a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to the
-K kernels and to the routing at once.
+The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of some
+64 input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps
+from a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to
+the K kernels and to the routing at once.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
-BLOCK = 64  # channels of a block of the kernels, in both directions
+BLOCK, VECTOR = 64, 16  # channels of a block of the kernels, in both directions, and of the widest vector
 # Numbers of gradients of the K kernels, each of a part of the samples, that threads may sum up beside each other.
 MOST_IN_PARTS = 1 << 22
 
@@ -75,8 +75,8 @@ def _backward(
         call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, ordered, input_grad)
         gradients.append(input_grad)
     if needed[1] or needed[2]:
-        most = _block(weight.shape, _is_planes(input))
-        blocks = math.prod(-(-channels // most) for channels, most in zip(weight.shape[1:3], most, strict=True))
+        block = _block(input.shape, weight.shape, geometry, _is_planes(input), torch.get_num_threads())
+        blocks = math.prod(-(-channels // most) for channels, most in zip(weight.shape[1:3], block, strict=True))
         parts = _parts(blocks, weight.numel(), len(input), torch.get_num_threads())
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
@@ -93,27 +93,30 @@ def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
     return max(1, min(wanted, samples, MOST_IN_PARTS // numbers))
 
 
-def _block(weight: torch.Size, planes: bool) -> tuple[int, int]:
+@remembered
+def _block(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, threads: int) -> tuple[int, int]:
     """Give the most output and input channels of a block: where one side has few, products of pixels have more of the
-    other, so that they read and write whole pixels.
+    other, so that they read and write whole pixels, if there are samples enough for all threads.
     """
-    if planes or math.prod(weight[3:]) > 1:
+    if planes or not multiplies(weight, geometry) or input[0] < threads:
         return BLOCK, BLOCK
-    out_channels, in_channels = (max(BLOCK, BLOCK**2 // channels // 16 * 16) for channels in (weight[2], weight[1]))
+    # In whole vectors, and no more weights than BLOCK squared.
+    out_channels, in_channels = (max(BLOCK, BLOCK**2 // of // VECTOR * VECTOR) for of in (weight[2], weight[1]))
     return out_channels, in_channels
-
-
-def _is_planes(input: Tensor) -> bool:
-    return format_of(input) == torch.contiguous_format
 
 
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:
     return _sizes(input.shape, weight.shape, geometry, _is_planes(input), parts, torch.get_num_threads())
 
 
+def _is_planes(input: Tensor) -> bool:
+    return format_of(input) == torch.contiguous_format
+
+
 @remembered
 def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int) -> Any:
     """Give the ``Sizes`` of the library."""
+    out_block, in_block = _block(input, weight, geometry, planes, threads)
     samples, in_channels, *pixels = input
     kernels, out_channels, _, *kernel = weight
     stride, padding, dilation, _ = geometry
@@ -121,7 +124,7 @@ def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bo
     if multiplies(weight, geometry):
         outputs = pixels = [1, math.prod(pixels)]  # a long row is divided better than several short ones
     sizes = [samples, kernels, in_channels, *pixels, out_channels, *outputs, *kernel]
-    sizes += [*stride, *padding, *dilation, planes, *reversed(_block(weight, planes)), parts, threads]
+    sizes += [*stride, *padding, *dilation, planes, in_block, out_block, parts, threads]
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 

@@ -15,10 +15,10 @@ struct Sizes {  // in the order in which Python gives them
       dilation_rows, dilation_columns, threads, together;
 };
 
-// Of as many channels as a vector has, or more; the last two vectors may overlap. Padding is skipped, as torch skips it;
-// if the caller lays zeros between the rows of what is read, that beside them is read where it makes runs so much longer
-// that less is loaded, as in narrow maps. `fetches` lets the cache fetch the next rows, which pays unless the maps are
-// near already.
+// Of as many channels as a vector has, or more; the last two vectors may overlap. Padding is skipped, as torch skips
+// it. If the caller lays zeros between rows, those beside a row are multiplied too where the columns at the edge then
+// belong to longer runs and less is loaded; so infinite weights and gradients may give NaN to more there. `fetches`
+// lets the cache fetch the next rows, which pays unless the maps are near already.
 template <typename Pixel, bool fetches> class Pixels {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>, TOGETHER = 8;  // columns of a run
@@ -124,14 +124,17 @@ template <typename Pixel, bool fetches> class Pixels {
   static Side side(const Axis &rows, const Axis &columns, bool back, bool zeros) {
     const int64_t step = back ? columns.step : 1, met_step = back ? 1 : columns.step;
     const int64_t width = back ? columns.inputs : columns.outputs, met_width = back ? columns.outputs : columns.inputs;
-    const auto met = rows.meetings(back, false), beside = columns.meetings(back, true);
+    const auto met = rows.meetings(back, false);
     auto found = runs(columns.meetings(back, false), step, met_step);
     int64_t front = 0, behind = 0;
-    if (auto longer = runs(beside, step, met_step); zeros && loads(longer) < loads(found)) {
-      found = std::move(longer);
-      for (const auto &meetings : beside)
-        for (const Meeting &meeting : meetings)
-          front = std::max(front, -meeting.place), behind = std::max(behind, meeting.place + 1 - met_width);
+    if (zeros) {
+      const auto beside = columns.meetings(back, true);
+      if (auto longer = runs(beside, step, met_step); loads(longer) < loads(found)) {
+        found = std::move(longer);
+        for (const auto &meetings : beside)
+          for (const Meeting &meeting : meetings)
+            front = std::max(front, -meeting.place), behind = std::max(behind, meeting.place + 1 - met_width);
+      }
     }
     return {width, back ? rows.outputs : rows.inputs, met_width + std::max(front, behind), step, met_step, front, met,
             found, reached(met)};

@@ -105,21 +105,25 @@ def test_any_batch_and_number_of_kernels(batch: int, kernels: int) -> None:
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1)])
 @pytest.mark.parametrize("channels", [(16, 300), (300, 16), (24, 144), (40, 210), (21, 37)])
 def test_blocks_of_whole_pixels(channels: Pair, stride: int, padding: int, dtype: torch.dtype) -> None:
-    """Of more channels than others, for maps of more pixels than are multiplied at once."""
+    """Of more channels than others, for rows of more pixels than are multiplied at once."""
     for layout in LAYOUTS:
-        tensors = draw(channels=channels, size=(13, 11), kernel=(1, 1), dtype=dtype, layout=layout)
+        tensors = draw(channels=channels, size=(3, 139), kernel=(1, 1), dtype=dtype, layout=layout)
         assert_equals_the_loop(tensors, stride=stride, padding=padding)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 16])
-@pytest.mark.parametrize("channels", [(16, 16), (70, 193)])  # one block, and blocks enough for all threads
+@pytest.mark.parametrize(
+    ("channels", "kernel"),
+    [((16, 16), (3, 3)), ((70, 193), (3, 3)), ((24, 144), (1, 1))],
+    ids=["one block", "blocks enough for all threads", "a block of whole pixels"],
+)
 @pytest.mark.parametrize("batch", [2, 9])
-def test_any_number_of_threads(threads: int, channels: Pair, batch: int) -> None:
+def test_any_number_of_threads(threads: int, channels: Pair, kernel: Pair, batch: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for layout in LAYOUTS:
-            assert_equals_the_loop(draw(batch, channels, layout=layout), padding=1)
+            assert_equals_the_loop(draw(batch, channels, kernel=kernel, layout=layout), padding=kernel[0] // 2)
     finally:
         torch.set_num_threads(before)
 

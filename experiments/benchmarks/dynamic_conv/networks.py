@@ -27,6 +27,7 @@ from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.geometry import Geometry
 from dyn_lightning.per_sample.mixed import why_not
+from dyn_lightning.per_sample.native import is_compiled
 from dyn_lightning.routing import SoftmaxAttention
 from experiments.benchmarks.timing import give_back_memory, in_turn, milliseconds
 
@@ -68,7 +69,7 @@ class PeerConv2d(nn.Module):
 def names(options: Any) -> list[str]:
     """Name what is measured on a device beside the one that is chosen."""
     triton = ["triton"] if options.device.type == "cuda" and has_triton() else []
-    cpp = ["cpp"] if options.device.type == "cpu" and options.dtype == torch.float32 else []
+    cpp = ["cpp"] if options.device.type == "cpu" and options.dtype == torch.float32 and is_compiled() else []
     return ["static", "grouped", "matmul", "mixture", "chunked", *cpp, *triton, "timm"]
 
 
@@ -152,10 +153,10 @@ def _use(name: str) -> None:
     for layer in _here["model"].modules():
         if isinstance(layer, DynamicConv2d):
             geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-            other = name == "cpp" and why_not(
+            unable = name == "cpp" and why_not(
                 layer.weight.shape, geometry, layer.weight.dtype, layer.weight.device.type
             )
-            layer.method = "grouped" if other else name
+            layer.method = "grouped" if unable else name
 
 
 def _times(name: str) -> list[float]:
