@@ -5,6 +5,7 @@ settings, the results are drawn together, each from the last file that has it.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ def networks(results: list[dict[str, Any]]) -> Any:
     for job, axis in zip(jobs, axes[:, 0], strict=True):
         rows = [result for result in results if result["job"] == job]
         rows.sort(key=lambda row: (-row["size"], row["network"]))  # files come in any order
-        shown = {method: colour for method, colour in COLOURS.items() if method in rows[0]["milliseconds"]}
+        found = {method for row in rows for method in row["milliseconds"]}  # older runs lack some
+        shown = {method: colour for method, colour in COLOURS.items() if method in found}
         width = 0.8 / len(shown)
         for position, (method, colour) in enumerate(shown.items()):
-            ratios = [row["milliseconds"][method] / row["milliseconds"]["static"] for row in rows]
+            times = [row["milliseconds"] for row in rows]
+            ratios = [time.get(method, math.nan) / time["static"] for time in times]
             places = [place + (position - (len(shown) - 1) / 2) * width for place in range(len(rows))]
             faster = [ratio - 1 for ratio in ratios]  # up is slower than static, down is faster
             axis.bar(places, faster, width, bottom=1, color=colour, label=NAMES.get(method, method))
@@ -65,7 +68,7 @@ def networks(results: list[dict[str, Any]]) -> Any:
         axis.set_title(_title(job, rows), fontsize=10)
         _logarithmic(axis)
         axis.axhline(1, color="black", linewidth=0.8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, fontsize=8, loc="outside upper center")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=8, fontsize=8, loc="outside upper center")
     return figure
 
 
@@ -139,7 +142,7 @@ def main(folder: str, *files: str) -> None:
         for part, results in run["results"].items():
             found.setdefault(part, {}).update({_what(result): result for result in results})
     together = {part: list(results.values()) for part, results in found.items()}
-    print(*draw({**runs[0], "results": together}, Path(folder)), sep="\n")
+    print(*draw({**runs[-1], "results": together}, Path(folder)), sep="\n")
 
 
 def _what(result: dict[str, Any]) -> str:
