@@ -79,7 +79,7 @@ def methods(
     Example:
         >>> from dyn_lightning.layers import CondConv2d
         >>> methods(nn.Sequential(CondConv2d(16, 96, 1), CondConv2d(96, 96, 3, padding=1, groups=96)), (16, 32, 32))
-        {'0': 'matmul', '1': 'grouped'}
+        {'0': 'cpp', '1': 'grouped'}
     """
     running: list[str] = []
     found: dict[str, list[str]] = {}
