@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, kind_of, methods_within, mixed_first
+from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, kind_of, mixed_first
 from dyn_lightning.per_sample.geometry import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
@@ -99,7 +99,7 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
     """Give by how much the choices by some costs are slower than the best ones, as a sum of logarithms."""
     total = 0.0
     for case, first, times in results:
-        open_to = [name for name in (first, "mixture", "cpp") if name in methods_within(case)]
+        open_to = [name for name in (first, "mixture", "cpp") if name in times]
         total += math.log(times[costs.best(case, first, open_to)] / min(times[name] for name in open_to))
     return total
 
