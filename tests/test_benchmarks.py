@@ -226,7 +226,7 @@ def test_runs_of_the_same_cases_are_also_taken_together() -> None:
 def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str) -> None:
     log = (ROOT / "experiments/LOG.md").read_text()
     found = {}
-    for name in names:  # of one image, the last has more rounds
+    for name in names:
         for result in json.loads((RESULTS / f"{name}.json").read_text())["results"]["networks"]:
             found[what.format(**result)] = result["milliseconds"]
     for row, times in found.items():
