@@ -206,6 +206,27 @@ def test_some_layers_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "'1,2,3' is no layer's shape in MobileNetV2 x0.5, " in capsys.readouterr().err
 
 
+def test_of_several_passes_the_medians_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ((8, 16, 1, 1, 0, 1, 4), (16, 16, 3, 1, 1, 1, 4))
+    monkeypatch.setattr(layers, "shapes", lambda: {shape: ["N"] for shape in few})
+    order = []
+
+    def measure(shape: layers.Shape, *_: object) -> tuple[dict[str, float], dict[str, float], str]:
+        order.append(shape)
+        time = {1: 4.0, 2: 9.0, 3: 5.0}[order.count(shape)]
+        return {"static": 1.0, "matmul": time, "timm": 10.0}, {"matmul": 1.0}, "matmul"
+
+    monkeypatch.setattr(layers, "measure_layer", measure)
+    main(["layers", "--jobs", "forward", "--passes", "3", "--out", str(tmp_path)])
+    measured = json.loads((tmp_path / "dynamic_conv.json").read_text())
+    assert measured["passes"] == 3
+    assert [row["milliseconds"]["matmul"] for row in measured["results"]["layers"]] == [5.0, 5.0]
+    assert order == [*few] * 3  # the second time of a layer comes after all the others
+    assert capsys.readouterr().out.count("; 2.00 times as fast as timm") == 1
+
+
 def test_runs_of_the_same_cases_are_also_taken_together() -> None:
     case, _ = fit_costs.cases(str(RESULTS / "layers.json"))[0]
     runs = [(case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": time}}) for time in (2.0, 8.0)]

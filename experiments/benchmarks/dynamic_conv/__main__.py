@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none is named")
     parser.add_argument("--rounds", type=count, default=5, help="repetitions of which the median is given")
+    parser.add_argument("--passes", type=count, default=1, help="over all layers, of which the median is given as well")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but modes")
     parser.add_argument("--kernels", type=count, default=4, help="K; growth has its own")
@@ -64,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"parts {unknown} do not exist, choose of {[*PARTS]}")
     options.threads = torch.get_num_threads()
     prepare(options)
-    settings = {name: getattr(options, name) for name in ("dtype", "batch", "kernels", "rounds", "channels_last")}
+    settings = {
+        name: getattr(options, name) for name in ("dtype", "batch", "kernels", "rounds", "passes", "channels_last")
+    }
     options.dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     state = git_state() or {"commit": "", "diff": ""}

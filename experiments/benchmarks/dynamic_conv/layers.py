@@ -1,10 +1,12 @@
 """Single layers of every shape that the networks' replaced layers have; no router, no optimizer.
 
 A layer's kernels stay in the cache from one call to the next, as far as they fit, which they do not in a network.
-``auto``'s time is that of the method which it takes.
+``auto``'s time is that of the method which it takes. Whoever shares the machine's memory may slow it down for seconds,
+all rounds of a layer, and not all methods alike: in several passes a layer is measured again minutes later.
 """
 
 import math
+import statistics
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -110,18 +112,26 @@ def layers(options: Any) -> list[dict[str, Any]]:
         batch = batch or options.batch
         print(f"\n{job}, batch {batch}: milliseconds of the static convolution, then times relative to it")
         print(f"{'in, out, kernel, stride, padding, groups, map':48}{'static':>9}" + head(columns) + "  auto")
-        for shape, networks in shapes().items():
-            if options.shapes and shape not in options.shapes:
-                continue
-            times, peaks, chosen = measure_layer(shape, batch, training, options)
-            ratios = "".join(
-                f"{times[name] / times['static']:9.2f}" if name in times else f"{'':9}" for name in columns
-            )
-            print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
-            about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": networks}
-            about["kernel"] = _seen(shape, batch, training, options)
-            results.append({**about, "auto": chosen, "milliseconds": times, "MiB": peaks})
-        print(quality([result for result in results if result["job"] == job]))
+        passes: dict[Shape, list[dict[str, float]]] = {
+            shape: [] for shape in shapes() if not options.shapes or shape in options.shapes
+        }
+        for number in range(1, options.passes + 1):
+            if options.passes > 1:
+                print(f"pass {number} of {options.passes}, medians of the passes so far")
+            found = []
+            for shape, taken in passes.items():
+                times, peaks, chosen = measure_layer(shape, batch, training, options)
+                taken.append(times)
+                times = {name: round(statistics.median(times[name] for times in taken), 4) for name in times}
+                ratios = "".join(
+                    f"{times[name] / times['static']:9.2f}" if name in times else f"{'':9}" for name in columns
+                )
+                print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
+                about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": shapes()[shape]}
+                about["kernel"] = _seen(shape, batch, training, options)
+                found.append({**about, "auto": chosen, "milliseconds": times, "MiB": peaks})
+        print(quality(found))
+        results += found
     return results
 
 
