@@ -65,8 +65,9 @@ def dynamic_conv2d(
             unfolded input, for maps or the K kernels in another layout or for the outputs of K kernels, with their
             gradients. Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it
             down to one sample and 64 output channels (32 in products; or all, with groups). Not counted: what a
-            convolution takes for a layout of its own (of a library all maps, in our depthwise one three padded
-            channels' in each thread), and what second derivatives, forward mode, function transforms,
+            convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
+            channels of a map, or of several that come to 4 MB, depthwise of three padded maps of as many channels as
+            fit into a vector, 16 in float32), and what second derivatives, forward mode, function transforms,
             ``torch.jit.trace`` and complex numbers take, for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all
             kernels at once.
 

@@ -1,10 +1,8 @@
 """Our C++, compiled where it is first used."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -40,28 +38,33 @@ def library() -> ctypes.CDLL | None:
     XDG_CACHE_HOME, otherwise in ``~/.cache``.
 
     Returns:
-        None on other systems than Linux, where there is no such compiler, or, with a warning, where it fails.
+        None on other systems than Linux, and, with a warning, where there is no such compiler or it fails.
     """
     if sys.platform != "linux":  # there g++ is another compiler, or another OpenMP
         return None
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
         if shutil.which(compiler[0]) is None:
-            logging.getLogger(__name__).info("dynamic convolutions are slower: no compiler %s", compiler[0])
-            return None
+            raise FileNotFoundError(f"there is no compiler {compiler[0]!r}; install g++, or name one in CXX")
         capability = torch.backends.cpu.get_cpu_capability()
         command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fopenmp", *FLAGS.get(capability, [])]
         texts = [path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES)]
         version = hashlib.sha256("\n".join([*texts, *command, platform.machine(), capability]).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn_lightning"
         path = folder / f"per_sample-{version[:16]}.so"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(command, compiler, path)
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # it is damaged, or of a machine with newer libraries that shares the folder
+                path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(command, compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         text = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        warnings.warn(f"dynamic convolutions are slower: our C++ could not be compiled: {text}", stacklevel=2)
+        warnings.warn(
+            f"dynamic convolutions are slower: our C++ could not be compiled and loaded: {text}", stacklevel=2
+        )
         return None
 
 
@@ -110,5 +113,9 @@ def _compile(command: list[str], linker: list[str], path: Path) -> None:
         # Without OpenMP's library: the one that torch has loaded serves, and its threads.
         run([*linker, "-shared", *parts, "-o", whole])
         ctypes.CDLL(whole)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(whole, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(whole, path)

@@ -1,5 +1,6 @@
 """Depthwise convolutions in C++ against torch's, which they stand in for."""
 
+import errno
 import itertools
 import os
 import subprocess
@@ -538,22 +539,29 @@ class TestCompiling:
         yield
         native.library.cache_clear()
 
-    def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
-        with caplog.at_level("INFO"):
-            tensors = draw()
+        tensors = draw()
+        with pytest.warns(UserWarning, match="there is no compiler 'no-such-compiler'; install g"):
             y = dynamic_conv2d(*tensors, **SMALL)
-        assert "no compiler no-such-compiler" in caplog.text
         assert_close(y, loop(*tensors, **SMALL))
         assert calls("aten::convolution_backward", lambda: torch.autograd.grad(y.sum(), tensors)) == 1
 
     def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"no such option\")'")
         tensors = draw()
-        with pytest.warns(UserWarning, match=r"could not be compiled: no such option"):
+        with pytest.warns(UserWarning, match=r"could not be compiled and loaded: no such option"):
             y = dynamic_conv2d(*tensors, **SMALL)
         assert_close(y, loop(*tensors, **SMALL))
         assert not list((tmp_path / "dyn_lightning").iterdir())
+
+    def test_a_folder_without_links(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+        assert native.is_compiled()
+        assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
     def test_by_several_processes_at_once(self, tmp_path: Path) -> None:
         self._compile_in_another_process(2)
@@ -572,8 +580,8 @@ class TestCompiling:
         self._compile_in_another_process()
         (one,) = (tmp_path / "dyn_lightning").iterdir()
         one.write_bytes(b"nothing")
-        with pytest.warns(UserWarning, match=f"dynamic convolutions are slower: .*{one.name}"):
-            assert not native.is_compiled()
+        assert native.is_compiled()
+        assert one.stat().st_size > 10_000
 
     def test_backward_where_there_is_no_library_anymore(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, _, weight, _ = draw(1)
@@ -582,7 +590,8 @@ class TestCompiling:
         assert is_compiled(y)
         monkeypatch.setenv("CXX", "no-such-compiler")
         native.library.cache_clear()
-        found = torch.autograd.grad(y.square().sum(), (x, weight))
+        with pytest.warns(UserWarning, match="no compiler"):
+            found = torch.autograd.grad(y.square().sum(), (x, weight))
         expected = F.conv2d(x, weight[0], None, *geometry)
         assert_close(found, torch.autograd.grad(expected.square().sum(), (x, weight)))
 
