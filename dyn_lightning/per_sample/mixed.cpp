@@ -1,9 +1,11 @@
 // Convolution with kernels mixed for each sample, and its gradients. Of the mixed kernels there is one block at a time,
 // of some input and output channels at one place of the kernel: it is mixed into a near cache, multiplied with whole
-// maps, and forgotten. Sums lie pixel by pixel, and are turned round for maps that lie channel by channel.
+// maps, and forgotten. Sums lie pixel by pixel, and are turned round for maps that lie channel by channel; only where a
+// channel's pixels are whole vectors and a kernel is one weight, they are summed as they lie.
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -17,9 +19,9 @@ namespace {
 constexpr int64_t BLOCK = 64;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
-// Rows of some samples' blocks, and pixels of a row, that fit into the nearest cache; bytes of maps that fit into the
-// next one, and into the part of the last one that a thread can count on.
-constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEXT = 1 << 19, LAST = 1 << 22;
+// Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps that
+// fit into the next one, and into the part of the last one that a thread can count on.
+constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 13) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
@@ -151,6 +153,10 @@ template <typename Number> class Mixed {
     const int64_t pixels = back ? inputs : outputs, read = (back ? outputs : inputs) * deep;
     // Then the sums begin with the first tap, and otherwise with zeros in memory.
     const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == pixels;
+    // A number of a kernel times vectors of pixels; otherwise a number of a pixel times vectors of a kernel.
+    const bool of_planes = z.planes && count == 1 && gives_all && inputs == outputs && pixels % LANES == 0 &&
+                           pixels >= VECTORS * LANES;
+    const bool turned = z.planes && !of_planes;
     const auto blocks = parts_of(wide, widest, LANES);
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
@@ -159,44 +165,55 @@ template <typename Number> class Mixed {
     const int64_t groups = (z.threads + used - 1) / used, share = (z.samples + groups - 1) / groups;
     const int64_t most = std::max<int64_t>(1, std::min(fitting, share));
     const auto samples = parts_of(z.samples, most);
+    // Where there are few, planes are divided too.
+    const int64_t tasks = samples.size() * used;
+    const int64_t parts = of_planes && tasks < z.threads ? z.threads / std::gcd(tasks, z.threads) : 1;
+    const auto runs = parts_of(pixels, (pixels + parts - 1) / parts, of_planes ? LANES : 1);
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK), sums;  // of maps that lie channel by channel
+      std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK), sums;  // of maps that are turned
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], back, ordered);
-#pragma omp for collapse(2)
+#pragma omp for collapse(3)
       for (size_t g = 0; g < samples.size(); g++)
-        for (size_t b = 0; b < blocks.size(); b++) {
-          const Range block = blocks[b];
-          const auto columns = columns_of(block.length());
-          const auto depths = parts_of(deep, BLOCK * BLOCK / block.length());
-          const int64_t pitch = z.planes ? block.length() : wide;
-          Number *const written = to + samples[g].first * pixels * wide;
-          if (z.planes) sums.resize(most * pixels * std::min(widest, wide));  // not by threads that have nothing to do
-          Number *const begin = z.planes ? sums.data() : written + block.first;
-          for (int64_t p = 0; !gives_all && p < samples[g].length() * pixels; p++)
-            std::fill_n(begin + p * pitch, block.length(), Number(0));
-          const Number *mixed_of = ordered + block.first * count * deep * z.kernels;
-          for (const Tap &tap : taps)
-            for (const Range &depth : depths) {
-              for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
-                const int64_t first = samples[g].first + some.first;
-                with_constant<TOGETHER>(some.length(), [&](auto S) {
-                  mix<S>(routing + first * z.kernels, mixed_of, depth.length(), block.length(), kernels.data());
-                });
-                for (int64_t s = 0; s < some.length(); s++)
-                  add_up(map_of(from + (first + s) * read, deep, back ? outputs : inputs).from(depth.first), tap,
-                         kernels.data() + s * depth.length() * block.length(), depth.length(), block.length(), columns,
-                         begin + (some.first + s) * pixels * pitch, pitch, back,
-                         gives_all && &tap == &taps[0] && depth.first == 0);
+        for (size_t b = 0; b < blocks.size(); b++)
+          for (size_t r = 0; r < runs.size(); r++) {
+            const Range block = blocks[b];
+            const auto columns = columns_of(block.length());
+            const auto depths = parts_of(deep, BLOCK * BLOCK / block.length());
+            const int64_t pitch = turned ? block.length() : wide;
+            Number *const written = to + samples[g].first * pixels * wide;
+            if (turned) sums.resize(most * pixels * std::min(widest, wide));  // not by threads that have nothing to do
+            Number *const begin = turned ? sums.data() : written + block.first;
+            for (int64_t p = 0; !gives_all && p < samples[g].length() * pixels; p++)
+              std::fill_n(begin + p * pitch, block.length(), Number(0));
+            const Number *mixed_of = ordered + block.first * count * deep * z.kernels;
+            for (const Tap &tap : taps)
+              for (const Range &depth : depths) {
+                const bool begins = gives_all && &tap == &taps[0] && depth.first == 0;
+                for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
+                  const int64_t first = samples[g].first + some.first;
+                  with_constant<TOGETHER>(some.length(), [&](auto S) {
+                    mix<S>(routing + first * z.kernels, mixed_of, depth.length(), block.length(), kernels.data());
+                  });
+                  for (int64_t s = 0; s < some.length(); s++) {
+                    const Map map = map_of(from + (first + s) * read, deep, back ? outputs : inputs).from(depth.first);
+                    const Number *kernel = kernels.data() + s * depth.length() * block.length();
+                    if (of_planes)
+                      add_up_planes(map, runs[r], kernel, depth.length(), block.length(),
+                                    written + ((some.first + s) * wide + block.first) * pixels, begins);
+                    else
+                      add_up(map, tap, kernel, depth.length(), block.length(), columns,
+                             begin + (some.first + s) * pixels * pitch, pitch, back, begins);
+                  }
+                }
+                mixed_of += depth.length() * z.kernels * block.length();
               }
-              mixed_of += depth.length() * z.kernels * block.length();
-            }
-          for (int64_t s = 0; z.planes && s < samples[g].length(); s++)
-            transpose<false, true>(begin + s * pixels * pitch, pitch, pixels, pitch,
-                                   written + (s * wide + block.first) * pixels, pixels, 2 * LINE);
-        }
+            for (int64_t s = 0; turned && s < samples[g].length(); s++)
+              transpose<false, true>(begin + s * pixels * pitch, pitch, pixels, pitch,
+                                     written + (s * wide + block.first) * pixels, pixels, 2 * LINE);
+          }
     }
   }
 
@@ -213,7 +230,6 @@ template <typename Number> class Mixed {
     {
       Work work;
       work.kernels.resize(TOGETHER * BLOCK * BLOCK);
-      work.sums.resize(z.kernels * count * std::min(z.in_block, z.in_channels) * std::min(z.out_block, z.out_channels));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], false, ordered);
@@ -222,7 +238,7 @@ template <typename Number> class Mixed {
         for (size_t d = 0; d < depths.size(); d++)
           for (size_t b = 0; b < blocks.size(); b++) {
             const Range depth = depths[d], block = blocks[b];
-            std::fill(work.sums.begin(), work.sums.end(), Number(0));
+            work.sums.assign(z.kernels * count * depth.length() * block.length(), Number(0));
             if (copied) work.copy.resize(fitting * outputs * std::min(z.out_block, z.out_channels));
             Number *shares = routing_grad + (d * blocks.size() + b) * z.samples * z.kernels;  // zeros
             if (part < int64_t(samples.size()))
@@ -375,11 +391,10 @@ template <typename Number> class Mixed {
     return columns;
   }
 
-  // Let the cache fetch some channels of pixels from the first on, line by line.
-  static ALWAYS_INLINE void fetch_pixels(Map map, int64_t first, int64_t pixels, int64_t channels) {
-    const int64_t along = std::max<int64_t>(1, LINE / map.pixel), across = std::max<int64_t>(1, LINE / map.channel);
-    for (int64_t p = 0; p < pixels; p += along)
-      for (int64_t c = 0; c < channels; c += across) fetch(map.begin, (first + p) * map.pixel + c * map.channel);
+  // Let the cache fetch what lies side by side in some rows, so far from where these begin.
+  static ALWAYS_INLINE void fetch_rows(const Number *begin, int64_t ahead, int64_t rows, int64_t step, int64_t length) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < length; i += LINE) fetch(begin, ahead + r * step + i);
   }
 
   // Add to a sample's map what a block of one tap gives.
@@ -397,13 +412,32 @@ template <typename Number> class Mixed {
       for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
         last = length * (tile + 1) / tiles;
         if (&tap == &taps[0]) {  // the next tile's, which no tap before has brought near
-          fetch_pixels({numbers, from_step, from.channel}, last, last - first, deep);
-          fetch_pixels({sums, to_step, 1}, last, last - first, width);
+          if (z.planes) fetch_rows(numbers, last * from_step, deep, from.channel, (last - first) * from_step);
+          else fetch_rows(numbers, last * from_step, last - first, from_step, deep);
+          fetch_rows(sums, last * to_step, last - first, to_step, width);
         }
         for (const auto &of : columns)
           adding<Number>(last - first, of.range.length())(
               {numbers + first * from_step, from_step, from.channel, 0}, {kernel + of.range.first, width, 0},
               {1, deep, of.range.length(), begins}, sums + first * to_step + of.range.first, to_step);
+      }
+    }
+  }
+
+  // Add to pixels of a sample's planes what a block of kernels of one weight gives.
+  void add_up_planes(Map from, Range pixels, const Number *kernel, int64_t deep, int64_t width, Number *to,
+                     bool begins) const {
+    const int64_t vectors = std::max<int64_t>(1, std::min<int64_t>(VECTORS, NEAR_VECTORS / deep));
+    from.begin += pixels.first, to += pixels.first;
+    for (const Range &run : parts_of(pixels.length(), vectors * LANES, LANES)) {
+      fetch_rows(from.begin, run.last, deep, from.channel, run.length());
+      const int64_t most = sums_of<Number>(run.length()), tiles = (width + most - 1) / most;
+      for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
+        last = width * (tile + 1) / tiles;
+        fetch_rows(to, first * from.channel + run.last, last - first, from.channel, run.length());
+        adding<Number>(last - first, run.length())(
+            {kernel + first, 1, width, 0}, {from.begin + run.first, from.channel, 0},
+            {1, deep, run.length(), begins}, to + first * from.channel + run.first, from.channel);
       }
     }
   }

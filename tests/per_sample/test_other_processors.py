@@ -16,7 +16,13 @@ TESTS = {
         "test_in_channels_last_equals_torchs",
         "TestOneImageWithoutABackwardPass::test_equals_torchs",
     ),
-    test_mixed: ("test_equals_the_loop", "test_any_batch_and_number_of_kernels", "test_blocks_of_whole_pixels"),
+    test_mixed: (
+        "test_equals_the_loop",
+        "test_any_batch_and_number_of_kernels",
+        "test_blocks_of_whole_pixels",
+        "test_planes_of_whole_vectors",
+        "test_any_number_of_threads",
+    ),
 }
 
 
@@ -25,7 +31,7 @@ def test_other_processors(capability: str, tmp_path: Path) -> None:
     """Run the tests of shapes in a process that compiles for another processor."""
     done = run_tests(tmp_path, ATEN_CPU_CAPABILITY=capability)
     depthwise = 5 * 3 * len(test_depthwise.SHAPES)
-    mixed = 2 * len(test_mixed.SHAPES) * len(test_mixed.CHANNELS) + 6 * 3 + 2 * 2 * 5
+    mixed = 2 * len(test_mixed.SHAPES) * len(test_mixed.CHANNELS) + 6 * 3 + 2 * 2 * 5 + 2 * 4 * 3 * 4 + 4 * 3 * 2
     assert f"{depthwise + mixed} passed" in done.stdout, done.stdout
     assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 

@@ -120,9 +120,9 @@ def layers(options: Any) -> list[dict[str, Any]]:
                 print(f"pass {number} of {options.passes}, medians of the passes so far")
             found = []
             for shape, taken in passes.items():
-                times, peaks, chosen = measure_layer(shape, batch, training, options)
-                taken.append(times)
-                times = {name: round(statistics.median(times[name] for times in taken), 4) for name in times}
+                one, peaks, chosen = measure_layer(shape, batch, training, options)
+                taken.append(one)
+                times = {name: round(statistics.median(each[name] for each in taken), 4) for name in one}
                 ratios = "".join(
                     f"{times[name] / times['static']:9.2f}" if name in times else f"{'':9}" for name in columns
                 )
