@@ -14,14 +14,15 @@
 namespace {
 
 // Input channels and output channels of a block; where it has fewer of one side, it may have more of the other, but no
-// more weights than this squared: `Sizes` say how many, in whole vectors. Its products, each a number times a vector,
-// are summed in registers: of the most vectors SUMS sums at once, of fewer MORE_SUMS.
-constexpr int64_t BLOCK = 64;
+// more weights than this squared: `Sizes` say how many, in whole vectors. (For planes, which read a weight less often,
+// DEEPER times as many.) Its products, each a number times a vector, are summed in registers: of the most vectors SUMS
+// sums at once, of fewer MORE_SUMS.
+constexpr int64_t BLOCK = 64, DEEPER = 4;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
 // Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps that
 // fit into the next one, and into the part of the last one that a thread can count on.
-constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 13) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
+constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
@@ -158,6 +159,7 @@ template <typename Number> class Mixed {
                            pixels >= VECTORS * LANES;
     const bool turned = z.planes && !of_planes;
     const auto blocks = parts_of(wide, widest, LANES);
+    const int64_t largest = of_planes ? DEEPER * BLOCK * BLOCK : BLOCK * BLOCK;
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
     const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
@@ -171,7 +173,8 @@ template <typename Number> class Mixed {
     const auto runs = parts_of(pixels, (pixels + parts - 1) / parts, of_planes ? LANES : 1);
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernels(TOGETHER * BLOCK * BLOCK), sums;  // of maps that are turned
+      std::vector<Number> kernels(TOGETHER * std::min(largest, deep * std::min(widest, wide)));
+      std::vector<Number> sums;  // of maps that are turned
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], back, ordered);
@@ -181,7 +184,7 @@ template <typename Number> class Mixed {
           for (size_t r = 0; r < runs.size(); r++) {
             const Range block = blocks[b];
             const auto columns = columns_of(block.length());
-            const auto depths = parts_of(deep, BLOCK * BLOCK / block.length());
+            const auto depths = parts_of(deep, largest / block.length());
             const int64_t pitch = turned ? block.length() : wide;
             Number *const written = to + samples[g].first * pixels * wide;
             if (turned) sums.resize(most * pixels * std::min(widest, wide));  // not by threads that have nothing to do
@@ -430,10 +433,11 @@ template <typename Number> class Mixed {
     const int64_t vectors = std::max<int64_t>(1, std::min<int64_t>(VECTORS, NEAR_VECTORS / deep));
     from.begin += pixels.first, to += pixels.first;
     for (const Range &run : parts_of(pixels.length(), vectors * LANES, LANES)) {
-      fetch_rows(from.begin, run.last, deep, from.channel, run.length());
       const int64_t most = sums_of<Number>(run.length()), tiles = (width + most - 1) / most;
       for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
         last = width * (tile + 1) / tiles;
+        const Range next = {deep * tile / tiles, deep * (tile + 1) / tiles};  // in parts, or they would be waited for
+        fetch_rows(from.begin, next.first * from.channel + run.last, next.length(), from.channel, run.length());
         fetch_rows(to, first * from.channel + run.last, last - first, from.channel, run.length());
         adding<Number>(last - first, run.length())(
             {kernel + first, 1, width, 0}, {from.begin + run.first, from.channel, 0},
