@@ -259,7 +259,7 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
 
 
 def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    files = {4: RESULTS / "layers.json", 16: RESULTS / "layers_k16.json"}
+    files = {4: RESULTS / "layers_again.json", 16: RESULTS / "layers_k16.json"}
     fit_costs.main([str(path) for path in files.values()])
     said = capsys.readouterr().out.splitlines()
     log = (ROOT / "experiments/LOG.md").read_text()

@@ -109,8 +109,9 @@ def test_on_a_gpu_it_does_not_matter() -> None:
 
 
 def test_evaluation_may_choose_otherwise() -> None:
-    tensors = torch.empty(8, 24, 56, 56), torch.empty(4, 144, 24, 1, 1)
-    assert [choose_method(*tensors, training=training) for training in (True, False)] == ["cpp", "matmul"]
+    tensors = torch.empty(32, 256, 2, 2), torch.empty(4, 256, 256, 3, 3)
+    methods = [choose_method(*tensors, padding=1, training=training) for training in (True, False)]
+    assert methods == ["mixture", "cpp"]
 
 
 @pytest.mark.parametrize(
