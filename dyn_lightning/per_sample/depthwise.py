@@ -45,7 +45,7 @@ def serves(
     dtype: torch.dtype,
     layout: str = "contiguous",
 ) -> bool:
-    """Tell whether ours computes dense maps on a CPU, which takes less time than torch's, but in bfloat16 on 7x7 maps.
+    """Tell whether ours computes dense maps on a CPU, in less time than torch but on few shapes (README's Speed).
 
     Args:
         input: shape, as in ``convolution.convolve``.
