@@ -253,7 +253,7 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
     for row, times in found.items():
         static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
         shown = ("grouped", "matmul", "mixture", "chunked", "cpp", "timm", "auto")
-        columns = [f"{times[name] / static:.2f}" if name in times else "-" for name in shown]  # older runs lack some
+        columns = [f"{times[name] / static:.2f}" for name in shown]
         ratios = " | ".join([*columns, f"{times['auto'] / best:.2f}"])
         assert f"| {row} | {static:.1f} ms | {ratios} |" in log
 
