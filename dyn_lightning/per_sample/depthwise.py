@@ -22,8 +22,9 @@ from dyn_lightning.per_sample.tracing import remembered
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Pixels of a map up to which as many planes at once as a vector has lanes, turned to lie side by side, take less time
-# than one by one: they are to fit into a near cache. In bfloat16 planes of any size are turned.
-MOST_TOGETHER = 400
+# than one by one: they are to fit into a near cache. With a stride, one plane has to be taken apart. In bfloat16 planes
+# of any size are turned.
+MOST_TOGETHER, MOST_TOGETHER_WITH_STRIDE = 400, 3600
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
 MOST_LAID_OUT = 64
@@ -60,7 +61,7 @@ def serves(
         return False
     if layout == "channels_last":
         return serves_channels_last(samples, channels)
-    if not _is_together(pixels, dtype):
+    if not _is_together(pixels, geometry, dtype):
         outputs, laid_out = positions(input, kernels, geometry), 1
         for length, step, distance, count in zip(size, geometry.stride, geometry.dilation, outputs, strict=True):
             laid_out *= step * (count + distance * (length - 1) // step)
@@ -94,14 +95,15 @@ def backward(
     return found[0], found[1]
 
 
-def _is_together(pixels: Sequence[int], dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 or math.prod(pixels) <= MOST_TOGETHER
+def _is_together(pixels: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
+    most = MOST_TOGETHER if geometry.stride == (1, 1) else MOST_TOGETHER_WITH_STRIDE
+    return dtype == torch.bfloat16 or math.prod(pixels) <= most
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
     """Call a function of the library, which takes dense tensors, with an output or its gradient first."""
     last = not input.is_contiguous()
-    together = _is_together(input.shape[2:], input.dtype)
+    together = _is_together(input.shape[2:], geometry, input.dtype)
     sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last, together)
     call(f"{name}_last" if last else name, sizes, output, input, kernels, *grads)
 

@@ -23,6 +23,7 @@ constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what
 // Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps that
 // fit into the next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
+template <typename Number> constexpr int LINE = 64 / sizeof(Number);  // of the cache
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
@@ -57,10 +58,11 @@ Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
 }
 
 // Numbers, each of which is multiplied with a row of vectors: lines of so many for each sum, and how far one is from
-// the next sum's, from the next of the same sum, and from the next line's.
+// the next sum's, from the next of the same sum, and from the next line's; and, unless it is 0, from where the cache is
+// to fetch what lies side by side.
 template <typename Number> struct Numbers {
   const Number *begin;
-  int64_t sum, next, line;
+  int64_t sum, next, line, ahead;
 };
 
 // Rows of vectors, which lie so far apart, and so far from the next line's.
@@ -74,52 +76,76 @@ struct Extent {
   bool begins;  // whether the sums have no value before
 };
 
-// Add to N sums of M vectors, which lie `step` apart; the last vector may overlap with the one before. Unrolled early:
-// otherwise the compiler gives the sums a place in memory too.
-template <typename Number, int N, int M>
+// What some processors multiply in half the time.
+template <typename Number> struct HalfVectors {
+  typedef Number Vector __attribute__((vector_size(BYTES / 2)));
+};
+template <typename Number> using Half = typename HalfVectors<Number>::Vector;
+
+// Add to N sums of M vectors, which lie `step` apart; the last one, which may be half a vector, may overlap with the one
+// before. Unrolled early: otherwise the compiler gives the sums a place in memory too.
+template <typename Number, typename Last, int N, int M>
 void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Number *sums, int64_t step) {
-  const auto place = [&](int m) { return m < M - 1 ? m * LANES<Number> : extent.width - LANES<Number>; };
+  const int64_t end = extent.width - int64_t(sizeof(Last) / sizeof(Number));
   Vector<Number> total[N][M];
+  Last last[N];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++)
+  for (int n = 0; n < N; n++) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) total[n][m] = extent.begins ? Vector<Number>{} : load(sums + n * step + place(m));
+    for (int m = 0; m < M - 1; m++)
+      total[n][m] = extent.begins ? Vector<Number>{} : load(sums + n * step + m * LANES<Number>);
+    last[n] = extent.begins ? Last{} : load_as<Last>(sums + n * step + end);
+  }
   for (int64_t l = 0; l < extent.lines; l++, numbers.begin += numbers.line, rows.begin += rows.line) {
     const Number *number = numbers.begin, *row = rows.begin;
     for (int64_t i = 0; i < extent.length; i++, number += numbers.next, row += rows.next) {
+      if (numbers.ahead && i % LINE<Number> == 0)  // a few at a time, or they would be waited for
+        for (int n = 0; n < N; n++) fetch(number + n * numbers.sum, numbers.ahead);
       Vector<Number> vectors[M];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) vectors[m] = load(row + place(m));
+      for (int m = 0; m < M - 1; m++) vectors[m] = load(row + m * LANES<Number>);
+      const Last vector = load_as<Last>(row + end);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++)
+      for (int n = 0; n < N; n++) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) total[n][m] += number[n * numbers.sum] * vectors[m];
+        for (int m = 0; m < M - 1; m++) total[n][m] += number[n * numbers.sum] * vectors[m];
+        last[n] += number[n * numbers.sum] * vector;
+      }
     }
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++)
+  for (int n = 0; n < N; n++) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) store(total[n][m], sums + n * step + place(m));
+    for (int m = 0; m < M - 1; m++) store(total[n][m], sums + n * step + m * LANES<Number>);
+    store_as(last[n], sums + n * step + end);
+  }
 }
 
 template <typename Number> using Add = void (*)(Numbers<Number>, Rows<Number>, Extent, Number *, int64_t);
 
-template <typename Number, int M, int... N> Add<Number> of_vectors(int64_t sums, std::integer_sequence<int, N...>) {
-  static const Add<Number> all[] = {add_products<Number, N + 1, M>...};
+template <typename Number, typename Last, int M, int... N>
+Add<Number> of_vectors(int64_t sums, std::integer_sequence<int, N...>) {
+  static const Add<Number> all[] = {add_products<Number, Last, N + 1, M>...};
   return all[sums - 1];
+}
+
+template <typename Number, typename Last> Add<Number> adding_of(int64_t sums, int64_t vectors) {
+  const auto most = std::make_integer_sequence<int, SUMS>();
+  const auto more = std::make_integer_sequence<int, MORE_SUMS>();
+  if constexpr (VECTORS == 4) {
+    if (vectors == 4) return of_vectors<Number, Last, 4>(sums, most);
+    if (vectors == 3) return of_vectors<Number, Last, 3>(sums, more);
+    if (vectors == 2) return of_vectors<Number, Last, 2>(sums, more);
+  }
+  return vectors == 2 ? of_vectors<Number, Last, 2>(sums, most) : of_vectors<Number, Last, 1>(sums, more);
 }
 
 // By how many sums there are, of how many numbers.
 template <typename Number> Add<Number> adding(int64_t sums, int64_t width) {
-  const int64_t vectors = (width + LANES<Number> - 1) / LANES<Number>;
-  const auto most = std::make_integer_sequence<int, SUMS>();
-  const auto more = std::make_integer_sequence<int, MORE_SUMS>();
-  if constexpr (VECTORS == 4) {
-    if (vectors == 4) return of_vectors<Number, 4>(sums, most);
-    if (vectors == 3) return of_vectors<Number, 3>(sums, more);
-    if (vectors == 2) return of_vectors<Number, 2>(sums, more);
-  }
-  return vectors == 2 ? of_vectors<Number, 2>(sums, most) : of_vectors<Number, 1>(sums, more);
+  const int64_t vectors = (width + LANES<Number> - 1) / LANES<Number>, rest = width % LANES<Number>;
+  if constexpr (BYTES == 64)
+    if (rest > 0 && rest <= LANES<Number> / 2) return adding_of<Number, Half<Number>>(sums, vectors);
+  return adding_of<Number, Vector<Number>>(sums, vectors);
 }
 
 template <typename Number> int64_t sums_of(int64_t width) {
@@ -127,8 +153,7 @@ template <typename Number> int64_t sums_of(int64_t width) {
 }
 
 template <typename Number> class Mixed {
-  static constexpr int LANES = ::LANES<Number>;
-  static constexpr int LINE = 64 / sizeof(Number);  // of the cache
+  static constexpr int LANES = ::LANES<Number>, LINE = ::LINE<Number>;
 
   const Sizes &z;
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
@@ -414,15 +439,16 @@ template <typename Number> class Mixed {
       Number *sums = to + (back ? pixel : position) * pitch;
       for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
         last = length * (tile + 1) / tiles;
-        if (&tap == &taps[0]) {  // the next tile's, which no tap before has brought near
-          if (z.planes) fetch_rows(numbers, last * from_step, deep, from.channel, (last - first) * from_step);
-          else fetch_rows(numbers, last * from_step, last - first, from_step, deep);
-          fetch_rows(sums, last * to_step, last - first, to_step, width);
-        }
-        for (const auto &of : columns)
+        // The next tile's, which no tap before has brought near.
+        const bool fetches = &tap == &taps[0];
+        if (fetches && z.planes) fetch_rows(numbers, last * from_step, deep, from.channel, (last - first) * from_step);
+        for (const auto &of : columns) {
+          const int64_t ahead = fetches && !z.planes && &of == &columns[0] ? (last - first) * from_step : 0;
+          if (fetches) fetch_rows(sums, last * to_step + of.range.first, last - first, to_step, of.range.length());
           adding<Number>(last - first, of.range.length())(
-              {numbers + first * from_step, from_step, from.channel, 0}, {kernel + of.range.first, width, 0},
+              {numbers + first * from_step, from_step, from.channel, 0, ahead}, {kernel + of.range.first, width, 0},
               {1, deep, of.range.length(), begins}, sums + first * to_step + of.range.first, to_step);
+        }
       }
     }
   }
@@ -440,7 +466,7 @@ template <typename Number> class Mixed {
         fetch_rows(from.begin, next.first * from.channel + run.last, next.length(), from.channel, run.length());
         fetch_rows(to, first * from.channel + run.last, last - first, from.channel, run.length());
         adding<Number>(last - first, run.length())(
-            {kernel + first, 1, width, 0}, {from.begin + run.first, from.channel, 0},
+            {kernel + first, 1, width, 0, 0}, {from.begin + run.first, from.channel, 0},
             {1, deep, run.length(), begins}, to + first * from.channel + run.first, from.channel);
       }
     }
@@ -451,16 +477,28 @@ template <typename Number> class Mixed {
                 const std::vector<Columns> &columns, const Tap &tap, Number *kernel) const {
     const int64_t pixel = tap.row * z.width + tap.column;
     const int64_t position = tap.rows.first * z.columns + tap.columns.first;
-    for (const Range &near : parts_of(tap.columns.length(), z.planes ? z.columns : NEAR_PIXELS))
+    const bool fetches = !z.planes && count * z.rows == 1;
+    int64_t all = 0;
+    for (const auto &[some, most] : columns) all += (deep + most - 1) / most;
+    for (const Range &near : parts_of(tap.columns.length(), z.planes ? z.columns : NEAR_PIXELS)) {
+      int64_t done = 0;
       for (const auto &[some, most] : columns)
         for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
           last = deep * (tile + 1) / tiles;
+          if (fetches) {  // the next pixels in parts, or they would be waited for
+            const Range next = {near.length() * done / all, near.length() * (done + 1) / all};
+            const int64_t ahead = near.last + next.first;
+            fetch_rows(input.begin, (pixel + ahead * z.right) * input.pixel, next.length(), z.right * input.pixel, deep);
+            fetch_rows(grad, (position + ahead) * pitch, next.length(), pitch, width);
+          }
+          done++;
           adding<Number>(last - first, some.length())(
               {input.begin + (pixel + near.first * z.right) * input.pixel + first * input.channel, input.channel,
-               z.right * input.pixel, z.down * z.width * input.pixel},
+               z.right * input.pixel, z.down * z.width * input.pixel, 0},
               {grad + (position + near.first) * pitch + some.first, pitch, z.columns * pitch},
               {tap.rows.length(), near.length(), some.length(), false}, kernel + first * width + some.first, width);
         }
+    }
   }
 };
 

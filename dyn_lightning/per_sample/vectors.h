@@ -36,6 +36,17 @@ template <typename Number, typename = IfNumber<Number>> inline void store(Vector
   *(typename Vectors<Number>::Unaligned *)to = vector;
 }
 
+// Vectors of another width.
+template <typename Vector, typename Number> inline Vector load_as(const Number *from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(Vector));
+  return vector;
+}
+
+template <typename Vector, typename Number> inline void store_as(Vector vector, Number *to) {
+  std::memcpy(to, &vector, sizeof(Vector));
+}
+
 template <typename Number> inline void assign(Number from, Number &to) { to = from; }
 
 struct BFloat16 {

@@ -59,7 +59,8 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 @pytest.fixture(params=["together", "one by one"])
 def _planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute planes of any size together, and one by one, which bfloat16 never is."""
-    monkeypatch.setattr(depthwise, "MOST_TOGETHER", 1 << 20 if request.param == "together" else 0)
+    for name in ("MOST_TOGETHER", "MOST_TOGETHER_WITH_STRIDE"):
+        monkeypatch.setattr(depthwise, name, 1 << 20 if request.param == "together" else 0)
     monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
 
 
@@ -183,7 +184,7 @@ class TestOneImageWithoutABackwardPass:
     def test_maps_that_would_be_laid_out_much_larger_are_left_to_torch(
         self, change: dict[str, Pair], called: list[str]
     ) -> None:
-        for size in (3, 30):
+        for size in (3, 70):
             convolve(torch.randn(1, 3, size, size), torch.randn(3, 1, 3, 3), GEOMETRY._replace(**change))
             assert len(called) == 1  # of a small one
 
@@ -525,9 +526,10 @@ def test_what_it_serves(size: int) -> None:
 
 
 def test_maps_are_not_taken_apart_into_pixels() -> None:
-    geometry = Geometry((36, 36), (0, 0), (1, 1), 4096)
-    assert not serves((1, 4096, 36, 36), (4096, 1, 36, 36), geometry, torch.float32)
-    assert serves((1, 4096, 36, 36), (4096, 1, 36, 36), geometry, torch.bfloat16)
+    geometry = Geometry((64, 64), (0, 0), (1, 1), 4096)
+    assert not serves((1, 4096, 64, 64), (4096, 1, 64, 64), geometry, torch.float32)
+    assert serves((1, 4096, 64, 64), (4096, 1, 64, 64), geometry, torch.bfloat16)
+    assert serves((1, 4096, 36, 36), (4096, 1, 36, 36), geometry._replace(stride=(36, 36)), torch.float32)
 
 
 class TestCompiling:
