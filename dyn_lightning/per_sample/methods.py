@@ -69,8 +69,11 @@ def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
     kernels, out_channels = weight.shape[:2]
     size = positions(input.shape, weight.shape, geometry)
     if mixes_rows(weight.shape, geometry, math.prod(size)):
-        rows = unfolded(input, weight.shape[3:], geometry).mT
-        products = (rows.flatten(0, 1) @ weight.flatten(0, 1).flatten(1).mT).unflatten(1, (kernels, out_channels))
+        rows, matrix = unfolded(input, weight.shape[3:], geometry).mT, weight.flatten(0, 1).flatten(1)
+        if len(rows) == 1:  # with few columns faster than with few rows, and mixed at once
+            products = (matrix @ rows[0].contiguous().mT).view(kernels, -1)
+            return (routing.to(products.dtype) @ products).view(1, out_channels, *size)
+        products = (rows.flatten(0, 1) @ matrix.mT).unflatten(1, (kernels, out_channels))
         shares = routing.repeat_interleave(rows.shape[1], 0).to(products.dtype)
         return (shares[:, None] @ products).view(rows.shape[0], *size, out_channels).permute(0, 3, 1, 2)
     # F.conv2d wants a group's output channels side by side: (k, g o) -> (g, k, o).
