@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t BLOCK = 64, DEEPER = 4;
 constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
-// Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps that
-// fit into the next one, and into the part of the last one that a thread can count on.
+// Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps
+// that fit into the next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
 template <typename Number> constexpr int LINE = 64 / sizeof(Number);  // of the cache
 
@@ -82,8 +82,8 @@ template <typename Number> struct HalfVectors {
 };
 template <typename Number> using Half = typename HalfVectors<Number>::Vector;
 
-// Add to N sums of M vectors, which lie `step` apart; the last one, which may be half a vector, may overlap with the one
-// before. Unrolled early: otherwise the compiler gives the sums a place in memory too.
+// Add to N sums of M vectors, which lie `step` apart; the last one, which may be half a vector, may overlap with the
+// one before. Unrolled early: otherwise the compiler gives the sums a place in memory too.
 template <typename Number, typename Last, int N, int M>
 void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Number *sums, int64_t step) {
   const int64_t end = extent.width - int64_t(sizeof(Last) / sizeof(Number));
@@ -174,74 +174,31 @@ template <typename Number> class Mixed {
   // From input to output, or back from the output's gradient to the input's.
   void convolve(const Number *from, const Number *routing, const Number *weight, Number *ordered, Number *to,
                 bool back) const {
-    const int64_t deep = back ? z.out_channels : z.in_channels, wide = back ? z.in_channels : z.out_channels;
-    const int64_t widest = back ? z.in_block : z.out_block;
-    const int64_t pixels = back ? inputs : outputs, read = (back ? outputs : inputs) * deep;
-    // Then the sums begin with the first tap, and otherwise with zeros in memory.
-    const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == pixels;
-    // A number of a kernel times vectors of pixels; otherwise a number of a pixel times vectors of a kernel.
-    const bool of_planes = z.planes && count == 1 && gives_all && inputs == outputs && pixels % LANES == 0 &&
-                           pixels >= VECTORS * LANES;
-    const bool turned = z.planes && !of_planes;
-    const auto blocks = parts_of(wide, widest, LANES);
-    const int64_t largest = of_planes ? DEEPER * BLOCK * BLOCK : BLOCK * BLOCK;
+    const Way way = way_of(back);
+    const int64_t widest = back ? z.in_block : z.out_block, size = way.read * way.deep + way.written * way.wide;
+    const auto blocks = parts_of(way.wide, widest, LANES);
     // The kernels are read again for each of the groups of samples, which is seen where they are large beside the maps.
     // There must be groups enough for all threads.
     const int64_t room = std::min(LAST, z.kernels * weights * int64_t(sizeof(Number)) / 8), used = blocks.size();
-    const int64_t fitting = room / int64_t(sizeof(Number)) / (read + pixels * wide);
+    const int64_t fitting = room / int64_t(sizeof(Number)) / size;
     const int64_t groups = (z.threads + used - 1) / used, share = (z.samples + groups - 1) / groups;
-    const int64_t most = std::max<int64_t>(1, std::min(fitting, share));
-    const auto samples = parts_of(z.samples, most);
+    const auto samples = parts_of(z.samples, std::max<int64_t>(1, std::min(fitting, share)));
     // Where there are few, planes are divided too.
     const int64_t tasks = samples.size() * used;
-    const int64_t parts = of_planes && tasks < z.threads ? z.threads / std::gcd(tasks, z.threads) : 1;
-    const auto runs = parts_of(pixels, (pixels + parts - 1) / parts, of_planes ? LANES : 1);
+    const int64_t parts = way.of_planes && tasks < z.threads ? z.threads / std::gcd(tasks, z.threads) : 1;
+    const auto runs = parts_of(way.written, (way.written + parts - 1) / parts, way.of_planes ? LANES : 1);
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernels(TOGETHER * std::min(largest, deep * std::min(widest, wide)));
-      std::vector<Number> sums;  // of maps that are turned
+      Work work;
+      work.kernels.resize(TOGETHER * std::min(way.largest, way.deep * std::min(widest, way.wide)));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], back, ordered);
 #pragma omp for collapse(3)
       for (size_t g = 0; g < samples.size(); g++)
         for (size_t b = 0; b < blocks.size(); b++)
-          for (size_t r = 0; r < runs.size(); r++) {
-            const Range block = blocks[b];
-            const auto columns = columns_of(block.length());
-            const auto depths = parts_of(deep, largest / block.length());
-            const int64_t pitch = turned ? block.length() : wide;
-            Number *const written = to + samples[g].first * pixels * wide;
-            if (turned) sums.resize(most * pixels * std::min(widest, wide));  // not by threads that have nothing to do
-            Number *const begin = turned ? sums.data() : written + block.first;
-            for (int64_t p = 0; !gives_all && p < samples[g].length() * pixels; p++)
-              std::fill_n(begin + p * pitch, block.length(), Number(0));
-            const Number *mixed_of = ordered + block.first * count * deep * z.kernels;
-            for (const Tap &tap : taps)
-              for (const Range &depth : depths) {
-                const bool begins = gives_all && &tap == &taps[0] && depth.first == 0;
-                for (const Range &some : parts_of(samples[g].length(), TOGETHER)) {
-                  const int64_t first = samples[g].first + some.first;
-                  with_constant<TOGETHER>(some.length(), [&](auto S) {
-                    mix<S>(routing + first * z.kernels, mixed_of, depth.length(), block.length(), kernels.data());
-                  });
-                  for (int64_t s = 0; s < some.length(); s++) {
-                    const Map map = map_of(from + (first + s) * read, deep, back ? outputs : inputs).from(depth.first);
-                    const Number *kernel = kernels.data() + s * depth.length() * block.length();
-                    if (of_planes)
-                      add_up_planes(map, runs[r], kernel, depth.length(), block.length(),
-                                    written + ((some.first + s) * wide + block.first) * pixels, begins);
-                    else
-                      add_up(map, tap, kernel, depth.length(), block.length(), columns,
-                             begin + (some.first + s) * pixels * pitch, pitch, back, begins);
-                  }
-                }
-                mixed_of += depth.length() * z.kernels * block.length();
-              }
-            for (int64_t s = 0; turned && s < samples[g].length(); s++)
-              transpose<false, true>(begin + s * pixels * pitch, pitch, pixels, pitch,
-                                     written + (s * wide + block.first) * pixels, pixels, 2 * LINE);
-          }
+          for (size_t r = 0; r < runs.size(); r++)
+            convolve_block(way, samples[g], blocks[b], runs[r], from, routing, ordered, work, to);
     }
   }
 
@@ -280,10 +237,31 @@ template <typename Number> class Mixed {
   }
 
  private:
-  // A thread's: gradients of some samples' blocks, their sums for the K kernels, and a part of the output's gradient.
+  // A thread's: some samples' blocks or their gradients, sums (of maps that are turned, or for the K kernels), and a
+  // part of the output's gradient.
   struct Work {
     std::vector<Number> kernels, sums, copy;
   };
+
+  // Whether from input to output, or back, and what is read and written there: channels, and pixels of each.
+  struct Way {
+    bool back;
+    int64_t deep, read, wide, written;
+    bool gives_all;  // the sums begin with the first tap, which reaches each; otherwise with zeros in memory
+    bool of_planes;  // a number of a kernel times vectors of pixels; otherwise a number of a pixel times vectors of one
+    bool turned;
+    int64_t largest;  // weights of a block
+  };
+
+  Way way_of(bool back) const {
+    const int64_t written = back ? inputs : outputs;
+    const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == written;
+    const bool of_planes = z.planes && count == 1 && gives_all && inputs == outputs && written % LANES == 0 &&
+                           written >= VECTORS * LANES;
+    return {back, back ? z.out_channels : z.in_channels, back ? outputs : inputs,
+            back ? z.in_channels : z.out_channels, written, gives_all, of_planes, z.planes && !of_planes,
+            of_planes ? DEEPER * BLOCK * BLOCK : BLOCK * BLOCK};
+  }
 
   // A sample's map, and how far one pixel and one channel lie from the next.
   struct Map {
@@ -301,6 +279,44 @@ template <typename Number> class Mixed {
     Range range;
     int64_t sums;
   };
+
+  // Give some samples' maps, in planes a run of pixels, what a block of all taps gives.
+  void convolve_block(const Way &way, Range samples, Range block, Range run, const Number *from, const Number *routing,
+                      const Number *ordered, Work &work, Number *to) const {
+    const auto columns = columns_of(block.length());
+    const auto depths = parts_of(way.deep, way.largest / block.length());
+    const int64_t pitch = way.turned ? block.length() : way.wide;
+    from += samples.first * way.read * way.deep, to += samples.first * way.written * way.wide;
+    routing += samples.first * z.kernels, ordered += block.first * count * way.deep * z.kernels;
+    const size_t size = samples.length() * way.written * block.length();
+    if (way.turned && work.sums.size() < size) work.sums.resize(size);
+    Number *const sums = way.turned ? work.sums.data() : to + block.first;
+    for (int64_t p = 0; !way.gives_all && p < samples.length() * way.written; p++)
+      std::fill_n(sums + p * pitch, block.length(), Number(0));
+    for (const Tap &tap : taps)
+      for (const Range &depth : depths) {
+        const bool begins = way.gives_all && &tap == &taps[0] && depth.first == 0;
+        for (const Range &some : parts_of(samples.length(), TOGETHER)) {
+          with_constant<TOGETHER>(some.length(), [&](auto S) {
+            mix<S>(routing + some.first * z.kernels, ordered, depth.length(), block.length(), work.kernels.data());
+          });
+          for (int64_t s = some.first; s < some.last; s++) {
+            const Map map = map_of(from + s * way.read * way.deep, way.deep, way.read).from(depth.first);
+            const Number *kernel = work.kernels.data() + (s - some.first) * depth.length() * block.length();
+            if (way.of_planes)
+              add_up_planes(map, run, kernel, depth.length(), block.length(),
+                            to + (s * way.wide + block.first) * way.written, begins);
+            else
+              add_up(map, tap, kernel, depth.length(), block.length(), columns, sums + s * way.written * pitch, pitch,
+                     way.back, begins);
+          }
+        }
+        ordered += depth.length() * z.kernels * block.length();
+      }
+    for (int64_t s = 0; way.turned && s < samples.length(); s++)
+      transpose<false, true>(sums + s * way.written * pitch, pitch, way.written, pitch,
+                             to + (s * way.wide + block.first) * way.written, way.written, 2 * LINE);
+  }
 
   // Add a block's gradients of some samples to the sums, and to each sample's shares of the kernels.
   void sum_up(Range samples, Range depth, Range block, const Number *grad, const Number *input, const Number *routing,
@@ -487,8 +503,8 @@ template <typename Number> class Mixed {
           last = deep * (tile + 1) / tiles;
           if (fetches) {  // the next pixels in parts, or they would be waited for
             const Range next = {near.length() * done / all, near.length() * (done + 1) / all};
-            const int64_t ahead = near.last + next.first;
-            fetch_rows(input.begin, (pixel + ahead * z.right) * input.pixel, next.length(), z.right * input.pixel, deep);
+            const int64_t ahead = near.last + next.first, step = z.right * input.pixel;
+            fetch_rows(input.begin, pixel * input.pixel + ahead * step, next.length(), step, deep);
             fetch_rows(grad, (position + ahead) * pitch, next.length(), pitch, width);
           }
           done++;

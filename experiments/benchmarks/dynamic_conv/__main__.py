@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none is named")
-    parser.add_argument("--rounds", type=count, default=5, help="repetitions of which the median is given")
+    parser.add_argument("--rounds", type=count, default=5, help="repetitions (layers: of one image 3 times as many)")
     parser.add_argument("--passes", type=count, default=1, help="over all layers, of which the median is given as well")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but modes")

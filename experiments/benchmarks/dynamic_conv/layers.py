@@ -29,6 +29,7 @@ from experiments.benchmarks.timing import interleaved
 # (batch, 0 for that of the options, whether there is a backward pass)
 JOBS = {"forward and backward": (0, True), "forward": (0, False), "forward of one": (1, False)}
 SIZES = (224, 32)
+ROUNDS_OF_ONE = 3  # for each round of a batch: a few microseconds are soon disturbed, and soon measured again
 Shape = tuple[int, int, int, int, int, int, int]  # channels in, out, kernel size, stride, padding, groups, map size
 
 
@@ -97,7 +98,8 @@ def measure_layer(
         case = (stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
         serves = not why_not(*case, options.device.type)
         functions = {name: partial(compute, name) for name in names(options) if name != "cpp" or serves}
-        times = interleaved(functions, options.rounds, options.device, patience=4, least_ms=5)
+        rounds = options.rounds * (ROUNDS_OF_ONE if batch == 1 else 1)
+        times = interleaved(functions, rounds, options.device, patience=4, least_ms=5)
         peaks = {name: round(peak_bytes(function, options.device) / 2**20, 3) for name, function in functions.items()}
     return times, peaks, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
 
