@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -44,7 +45,19 @@ def test_the_slow_alone_are_given_up(sure: int) -> None:
     assert times == {name: 2 * time for name, time in each.items()}
     assert [order.count(name) for name in each] == [4, 4, 4, sure]  # static does not count as the fastest
     assert sorted(order[:4]) == sorted(each)
-    assert order[:4] != order[-4:]
+
+
+def test_an_order_is_drawn_for_each_round() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> list[float]:
+        order.append(name)
+        return [1.0]
+
+    for _ in range(2):
+        random.seed(0)
+        in_turn(measure, [*"abcdefgh"], rounds=4)
+    assert len({tuple(order[start : start + 8]) for start in range(0, 64, 8)}) == 8
 
 
 def test_interleaved_calls_the_short_several_times() -> None:

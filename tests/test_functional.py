@@ -336,6 +336,17 @@ def test_a_layer_is_exported_for_any_batch(
         assert_close(exported.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_mixture_is_exported_for_any_batch(least: int, strict: bool) -> None:
+    layer = DynamicConv2d(16, 24, 1, method="mixture").eval()
+    dynamic = ({0: torch.export.Dim("batch", min=least, max=1024)},)
+    exported = torch.export.export(layer, (torch.randn(3, 16, 2, 1),), dynamic_shapes=dynamic, strict=strict)
+    for batch in (least, 7):
+        x = torch.randn(batch, 16, 2, 1)
+        assert_close(exported.module()(x), layer(x))
+
+
 def test_a_layer_that_was_pickled_without_a_method() -> None:
     layer = DynamicConv2d(4, 6, 3)
     for name in ("method", "max_mixed_bytes"):

@@ -10,7 +10,7 @@ from dyn_lightning.per_sample import depthwise
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, format_of, is_channels_last
 from dyn_lightning.per_sample.operation import operation
-from dyn_lightning.per_sample.tracing import in_export, is_watched
+from dyn_lightning.per_sample.tracing import in_export, is_one, is_watched
 
 # Numbers of a sample's input and output from which on, in channels_last, each sample has a convolution of its own: the
 # samples as groups cannot keep that layout, since their channels would have to lie one after the other, and as groups
@@ -111,9 +111,8 @@ def _gradients_singly(
 def _as_groups(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Convolve by one convolution, whose groups are the samples: the usual form."""
     batch, _, *size = input.shape
-    # A view of one image, or of its output, would hide from torch that it is channels_last. In an export, to compare
-    # would close what is left open of the batch; a tracer's sizes are tensors.
-    if not torch.compiler.is_compiling() and type(batch) is int and batch == 1:
+    # A view of one image, or of its output, would hide from torch that it is channels_last.
+    if is_one(batch):
         return F.conv2d(input, kernels, None, *geometry)
     stride, padding, dilation, groups = geometry
     output = F.conv2d(input.reshape(1, -1, *size), kernels, None, stride, padding, dilation, batch * groups)

@@ -34,16 +34,12 @@ template <typename Number> void copy(const Number *row, int64_t count, Number *t
   if (bytes >= 4) return copy_ends<4>(from, bytes, to);
 }
 
-// Let the cache fetch what the next plane has in the place of a row, or gets there, while this one's is computed.
-template <typename Number> ALWAYS_INLINE void fetch_row(const Number *row, int64_t plane, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(Number))) fetch(row + i, plane);
-}
-
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
 // kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
 // computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
-// numbers may give NaN to more of a gradient here.
+// numbers may give NaN to more of a gradient here. What the next plane has in the place of a row, or gets there, is
+// fetched while this one's is computed.
 template <typename Number> class PlaneByPlane {
   static constexpr int LANES = ::LANES<Number>;
   using Vector = ::Vector<Number>;
@@ -286,6 +282,7 @@ template <typename Pixel> class PlanesTogether {
   const Sizes &z;
   const Pixels<Number, false> pixels;
   const int64_t planes = z.samples * z.channels;
+  const int64_t threads = std::min(z.threads, (planes + LANES - 1) / LANES);
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
   const int64_t weights = z.kernel_rows * z.kernel_columns;
   // Where a plane's pixels lie: the input's as the output meets them, and the other way round.
@@ -304,7 +301,7 @@ template <typename Pixel> class PlanesTogether {
   explicit PlanesTogether(const Sizes &sizes) : z(sizes), pixels(sizes, LANES, true) {}
 
   void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
-#pragma omp parallel num_threads(z.threads)
+#pragma omp parallel num_threads(threads)
     {
       Maps of = maps();
 #pragma omp for
@@ -321,7 +318,7 @@ template <typename Pixel> class PlanesTogether {
   // What is not wanted is null.
   void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
                 Pixel *kernels_grad) const {
-#pragma omp parallel num_threads(z.threads)
+#pragma omp parallel num_threads(threads)
     {
       Maps of = maps();
 #pragma omp for

@@ -22,9 +22,10 @@ from dyn_lightning.per_sample.tracing import remembered
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Pixels of a map up to which as many planes at once as a vector has lanes, turned to lie side by side, take less time
-# than one by one: they are to fit into a near cache. With a stride, one plane has to be taken apart. In bfloat16 planes
-# of any size are turned.
+# than one by one: they are to fit into a near cache. With a stride, one plane has to be taken apart, and larger ones
+# are turned if there are some for each thread. In bfloat16 planes of any size and number are.
 MOST_TOGETHER, MOST_TOGETHER_WITH_STRIDE = 400, 3600
+LEAST_TOGETHER = 128
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
 MOST_LAID_OUT = 64
@@ -56,12 +57,12 @@ def serves(
         layout: of the input, "contiguous" or "channels_last".
     """
     planes, depth, *size = kernels
-    samples, channels, *pixels = input
+    samples, channels = input[:2]
     if planes != samples * channels or channels != geometry.groups or depth > 1 or dtype not in DTYPES:
         return False
     if layout == "channels_last":
         return serves_channels_last(samples, channels)
-    if not _is_together(pixels, geometry, dtype):
+    if not _is_together(input, geometry, dtype):
         outputs, laid_out = positions(input, kernels, geometry), 1
         for length, step, distance, count in zip(size, geometry.stride, geometry.dilation, outputs, strict=True):
             laid_out *= step * (count + distance * (length - 1) // step)
@@ -95,15 +96,16 @@ def backward(
     return found[0], found[1]
 
 
-def _is_together(pixels: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
-    most = MOST_TOGETHER if geometry.stride == (1, 1) else MOST_TOGETHER_WITH_STRIDE
-    return dtype == torch.bfloat16 or math.prod(pixels) <= most
+def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
+    several = geometry.stride != (1, 1) and math.prod(input[:2]) >= LEAST_TOGETHER
+    most = MOST_TOGETHER_WITH_STRIDE if several else MOST_TOGETHER
+    return dtype == torch.bfloat16 or math.prod(input[2:]) <= most
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
     """Call a function of the library, which takes dense tensors, with an output or its gradient first."""
     last = not input.is_contiguous()
-    together = _is_together(input.shape[2:], geometry, input.dtype)
+    together = _is_together(input.shape, geometry, input.dtype)
     sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last, together)
     call(f"{name}_last" if last else name, sizes, output, input, kernels, *grads)
 

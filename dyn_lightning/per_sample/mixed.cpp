@@ -23,7 +23,6 @@ constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what
 // Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps
 // that fit into the next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
-template <typename Number> constexpr int LINE = 64 / sizeof(Number);  // of the cache
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
@@ -58,11 +57,11 @@ Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
 }
 
 // Numbers, each of which is multiplied with a row of vectors: lines of so many for each sum, and how far one is from
-// the next sum's, from the next of the same sum, and from the next line's; and, unless it is 0, from where the cache is
-// to fetch what lies side by side.
+// the next sum's, from the next of the same sum, and from the next line's; and how far ahead of what lies side by side
+// the cache is to fetch, if at all.
 template <typename Number> struct Numbers {
   const Number *begin;
-  int64_t sum, next, line, ahead;
+  int64_t sum, next, line, ahead = 0;
 };
 
 // Rows of vectors, which lie so far apart, and so far from the next line's.
@@ -76,25 +75,19 @@ struct Extent {
   bool begins;  // whether the sums have no value before
 };
 
-// What some processors multiply in half the time.
-template <typename Number> struct HalfVectors {
-  typedef Number Vector __attribute__((vector_size(BYTES / 2)));
-};
-template <typename Number> using Half = typename HalfVectors<Number>::Vector;
-
-// Add to N sums of M vectors, which lie `step` apart; the last one, which may be half a vector, may overlap with the
-// one before. Unrolled early: otherwise the compiler gives the sums a place in memory too.
-template <typename Number, typename Last, int N, int M>
+// Add to N sums of M vectors, which lie `step` apart; the last one, of so many bytes, may overlap with the one before.
+// Unrolled early: otherwise the compiler gives the sums a place in memory too.
+template <typename Number, int bytes, int N, int M>
 void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Number *sums, int64_t step) {
-  const int64_t end = extent.width - int64_t(sizeof(Last) / sizeof(Number));
+  const int64_t end = extent.width - bytes / int64_t(sizeof(Number));
   Vector<Number> total[N][M];
-  Last last[N];
+  Vector<Number, bytes> last[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++) {
 #pragma GCC unroll 8
     for (int m = 0; m < M - 1; m++)
       total[n][m] = extent.begins ? Vector<Number>{} : load(sums + n * step + m * LANES<Number>);
-    last[n] = extent.begins ? Last{} : load_as<Last>(sums + n * step + end);
+    last[n] = extent.begins ? Vector<Number, bytes>{} : load<bytes>(sums + n * step + end);
   }
   for (int64_t l = 0; l < extent.lines; l++, numbers.begin += numbers.line, rows.begin += rows.line) {
     const Number *number = numbers.begin, *row = rows.begin;
@@ -104,7 +97,7 @@ void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Num
       Vector<Number> vectors[M];
 #pragma GCC unroll 8
       for (int m = 0; m < M - 1; m++) vectors[m] = load(row + m * LANES<Number>);
-      const Last vector = load_as<Last>(row + end);
+      const auto vector = load<bytes>(row + end);
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
 #pragma GCC unroll 8
@@ -117,35 +110,38 @@ void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Num
   for (int n = 0; n < N; n++) {
 #pragma GCC unroll 8
     for (int m = 0; m < M - 1; m++) store(total[n][m], sums + n * step + m * LANES<Number>);
-    store_as(last[n], sums + n * step + end);
+    store<bytes>(last[n], sums + n * step + end);
   }
 }
 
 template <typename Number> using Add = void (*)(Numbers<Number>, Rows<Number>, Extent, Number *, int64_t);
 
-template <typename Number, typename Last, int M, int... N>
+template <typename Number, int bytes, int M, int... N>
 Add<Number> of_vectors(int64_t sums, std::integer_sequence<int, N...>) {
-  static const Add<Number> all[] = {add_products<Number, Last, N + 1, M>...};
+  static const Add<Number> all[] = {add_products<Number, bytes, N + 1, M>...};
   return all[sums - 1];
 }
 
-template <typename Number, typename Last> Add<Number> adding_of(int64_t sums, int64_t vectors) {
+template <typename Number, int bytes> Add<Number> of_last(int64_t sums, int64_t vectors) {
   const auto most = std::make_integer_sequence<int, SUMS>();
   const auto more = std::make_integer_sequence<int, MORE_SUMS>();
   if constexpr (VECTORS == 4) {
-    if (vectors == 4) return of_vectors<Number, Last, 4>(sums, most);
-    if (vectors == 3) return of_vectors<Number, Last, 3>(sums, more);
-    if (vectors == 2) return of_vectors<Number, Last, 2>(sums, more);
+    if (vectors == 4) return of_vectors<Number, bytes, 4>(sums, most);
+    if (vectors == 3) return of_vectors<Number, bytes, 3>(sums, more);
+    if (vectors == 2 || bytes < BYTES) return of_vectors<Number, bytes, 2>(sums, more);  // half a vector is not alone
+  } else if (vectors == 2) {
+    return of_vectors<Number, bytes, 2>(sums, most);
   }
-  return vectors == 2 ? of_vectors<Number, Last, 2>(sums, most) : of_vectors<Number, Last, 1>(sums, more);
+  if constexpr (bytes == BYTES) return of_vectors<Number, bytes, 1>(sums, more);
 }
 
-// By how many sums there are, of how many numbers.
+// By how many sums there are, of how many numbers. Some processors multiply half of their widest vectors in half the
+// time.
 template <typename Number> Add<Number> adding(int64_t sums, int64_t width) {
   const int64_t vectors = (width + LANES<Number> - 1) / LANES<Number>, rest = width % LANES<Number>;
   if constexpr (BYTES == 64)
-    if (rest > 0 && rest <= LANES<Number> / 2) return adding_of<Number, Half<Number>>(sums, vectors);
-  return adding_of<Number, Vector<Number>>(sums, vectors);
+    if (rest > 0 && rest <= LANES<Number> / 2) return of_last<Number, BYTES / 2>(sums, vectors);
+  return of_last<Number, BYTES>(sums, vectors);
 }
 
 template <typename Number> int64_t sums_of(int64_t width) {
@@ -209,7 +205,7 @@ template <typename Number> class Mixed {
     const auto blocks = parts_of(z.out_channels, z.out_block, LANES), depths = parts_of(z.in_channels, z.in_block);
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
     // To lie side by side, for several products; a single row is multiplied a few pixels at a time.
-    const bool copied = z.planes || (blocks.size() > 1 && count * z.rows > 1);
+    const bool copied = z.planes || (blocks.size() > 1 && !is_row());
     const int64_t fitting = std::max<int64_t>(1, NEXT / int64_t(sizeof(Number)) / ((inputs + outputs) * BLOCK));
 #pragma omp parallel num_threads(z.threads)
     {
@@ -269,6 +265,9 @@ template <typename Number> class Mixed {
     int64_t pixel, channel;
     Map from(int64_t first) const { return {begin + first * channel, pixel, channel}; }
   };
+
+  // Whether kernels of one weight see a single row of positions.
+  bool is_row() const { return count * z.rows == 1; }
 
   Map map_of(const Number *begin, int64_t channels, int64_t pixels) const {
     return {begin, z.planes ? 1 : channels, z.planes ? pixels : 1};
@@ -435,12 +434,6 @@ template <typename Number> class Mixed {
     return columns;
   }
 
-  // Let the cache fetch what lies side by side in some rows, so far from where these begin.
-  static ALWAYS_INLINE void fetch_rows(const Number *begin, int64_t ahead, int64_t rows, int64_t step, int64_t length) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < length; i += LINE) fetch(begin, ahead + r * step + i);
-  }
-
   // Add to a sample's map what a block of one tap gives.
   void add_up(Map from, const Tap &tap, const Number *kernel, int64_t deep, int64_t width,
               const std::vector<Columns> &columns, Number *to, int64_t pitch, bool back, bool begins) const {
@@ -448,6 +441,7 @@ template <typename Number> class Mixed {
     int64_t most = MORE_SUMS;  // of all columns, so that pixels are written whole
     for (const auto &of : columns) most = std::min(most, of.sums);
     const int64_t length = tap.columns.length(), tiles = (length + most - 1) / most;
+    const bool fetches = &tap == &taps[0];  // the next tile, which no tap before has brought near
     for (int64_t r = 0; r < tap.rows.length(); r++) {
       const int64_t pixel = (tap.row + r * z.down) * z.width + tap.column;
       const int64_t position = (tap.rows.first + r) * z.columns + tap.columns.first;
@@ -455,15 +449,15 @@ template <typename Number> class Mixed {
       Number *sums = to + (back ? pixel : position) * pitch;
       for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
         last = length * (tile + 1) / tiles;
-        // The next tile's, which no tap before has brought near.
-        const bool fetches = &tap == &taps[0];
-        if (fetches && z.planes) fetch_rows(numbers, last * from_step, deep, from.channel, (last - first) * from_step);
+        const int64_t next = last * from_step, step = (last - first) * from_step;
+        if (fetches && z.planes) fetch_rows(numbers, next, deep, from.channel, step);
         for (const auto &of : columns) {
-          const int64_t ahead = fetches && !z.planes && &of == &columns[0] ? (last - first) * from_step : 0;
+          const bool in_product = fetches && !z.planes && &of == &columns[0];
           if (fetches) fetch_rows(sums, last * to_step + of.range.first, last - first, to_step, of.range.length());
           adding<Number>(last - first, of.range.length())(
-              {numbers + first * from_step, from_step, from.channel, 0, ahead}, {kernel + of.range.first, width, 0},
-              {1, deep, of.range.length(), begins}, sums + first * to_step + of.range.first, to_step);
+              {numbers + first * from_step, from_step, from.channel, 0, in_product ? step : 0},
+              {kernel + of.range.first, width, 0}, {1, deep, of.range.length(), begins},
+              sums + first * to_step + of.range.first, to_step);
         }
       }
     }
@@ -482,7 +476,7 @@ template <typename Number> class Mixed {
         fetch_rows(from.begin, next.first * from.channel + run.last, next.length(), from.channel, run.length());
         fetch_rows(to, first * from.channel + run.last, last - first, from.channel, run.length());
         adding<Number>(last - first, run.length())(
-            {kernel + first, 1, width, 0, 0}, {from.begin + run.first, from.channel, 0},
+            {kernel + first, 1, width, 0}, {from.begin + run.first, from.channel, 0},
             {1, deep, run.length(), begins}, to + first * from.channel + run.first, from.channel);
       }
     }
@@ -493,24 +487,25 @@ template <typename Number> class Mixed {
                 const std::vector<Columns> &columns, const Tap &tap, Number *kernel) const {
     const int64_t pixel = tap.row * z.width + tap.column;
     const int64_t position = tap.rows.first * z.columns + tap.columns.first;
-    const bool fetches = !z.planes && count * z.rows == 1;
-    int64_t all = 0;
-    for (const auto &[some, most] : columns) all += (deep + most - 1) / most;
+    const bool fetches = !z.planes && is_row();
+    int64_t steps = 0;  // with each of which a part of the next pixels is fetched, or they would be waited for
+    for (const auto &[some, most] : columns) steps += (deep + most - 1) / most;
     for (const Range &near : parts_of(tap.columns.length(), z.planes ? z.columns : NEAR_PIXELS)) {
-      int64_t done = 0;
+      int64_t step = 0;
       for (const auto &[some, most] : columns)
         for (int64_t tiles = (deep + most - 1) / most, tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
           last = deep * (tile + 1) / tiles;
-          if (fetches) {  // the next pixels in parts, or they would be waited for
-            const Range next = {near.length() * done / all, near.length() * (done + 1) / all};
-            const int64_t ahead = near.last + next.first, step = z.right * input.pixel;
-            fetch_rows(input.begin, pixel * input.pixel + ahead * step, next.length(), step, deep);
+          if (fetches) {
+            const Range next = {near.length() * step / steps, near.length() * (step + 1) / steps};
+            const int64_t ahead = near.last + next.first;
+            fetch_rows(input.begin, (pixel + ahead * z.right) * input.pixel, next.length(), z.right * input.pixel,
+                       deep);
             fetch_rows(grad, (position + ahead) * pitch, next.length(), pitch, width);
+            step++;
           }
-          done++;
           adding<Number>(last - first, some.length())(
               {input.begin + (pixel + near.first * z.right) * input.pixel + first * input.channel, input.channel,
-               z.right * input.pixel, z.down * z.width * input.pixel, 0},
+               z.right * input.pixel, z.down * z.width * input.pixel},
               {grad + (position + near.first) * pitch + some.first, pitch, z.columns * pitch},
               {tap.rows.length(), near.length(), some.length(), false}, kernel + first * width + some.first, width);
         }

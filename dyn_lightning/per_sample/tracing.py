@@ -73,6 +73,13 @@ def in_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_one(batch: int) -> bool:
+    """Tell whether a batch is of one image. While a network is compiled or exported it is said to be of several, since
+    to compare would close what is left open of the batch; a tracer's sizes are tensors.
+    """
+    return not torch.compiler.is_compiling() and type(batch) is int and batch == 1
+
+
 def in_strict_export() -> bool:
     """Tell whether ``torch.export.export(..., strict=True)`` runs, which knows no example of an open size."""
     exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 has it

@@ -20,31 +20,23 @@ constexpr int BYTES = 16;
 #endif
 
 template <typename Number> constexpr int LANES = BYTES / sizeof(Number);
-template <typename Number> struct Vectors {
-  typedef Number Vector __attribute__((vector_size(BYTES)));
-  typedef Number Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(Number)), may_alias));
+template <typename Number> constexpr int LINE = 64 / sizeof(Number);  // of the cache
+template <typename Number, int bytes = BYTES> struct Vectors {
+  typedef Number Vector __attribute__((vector_size(bytes)));
+  typedef Number Unaligned __attribute__((vector_size(bytes), aligned(sizeof(Number)), may_alias));
 };
-template <typename Number> using Vector = typename Vectors<Number>::Vector;
+template <typename Number, int bytes = BYTES> using Vector = typename Vectors<Number, bytes>::Vector;
 
 template <typename Number> using IfNumber = std::enable_if_t<std::is_arithmetic<Number>::value>;
 
-template <typename Number, typename = IfNumber<Number>> inline Vector<Number> load(const Number *from) {
-  return *(const typename Vectors<Number>::Unaligned *)from;
+template <int bytes = BYTES, typename Number, typename = IfNumber<Number>>
+inline Vector<Number, bytes> load(const Number *from) {
+  return *(const typename Vectors<Number, bytes>::Unaligned *)from;
 }
 
-template <typename Number, typename = IfNumber<Number>> inline void store(Vector<Number> vector, Number *to) {
-  *(typename Vectors<Number>::Unaligned *)to = vector;
-}
-
-// Vectors of another width.
-template <typename Vector, typename Number> inline Vector load_as(const Number *from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof(Vector));
-  return vector;
-}
-
-template <typename Vector, typename Number> inline void store_as(Vector vector, Number *to) {
-  std::memcpy(to, &vector, sizeof(Vector));
+template <int bytes = BYTES, typename Number, typename = IfNumber<Number>>
+inline void store(Vector<Number, bytes> vector, Number *to) {
+  *(typename Vectors<Number, bytes>::Unaligned *)to = vector;
 }
 
 template <typename Number> inline void assign(Number from, Number &to) { to = from; }
@@ -89,6 +81,15 @@ template <> struct Computed<BFloat16> { using Number = float; };
 // Let the cache fetch what lies so many pixels further: by number, since it may be beyond the end.
 template <typename Pixel> ALWAYS_INLINE void fetch(const Pixel *from, int64_t ahead) {
   __builtin_prefetch((const void *)(uintptr_t(from) + ahead * sizeof(Pixel)), 0, 2);
+}
+
+// Let the cache fetch what lies side by side, so far from where a row begins, or several.
+template <typename Number> ALWAYS_INLINE void fetch_row(const Number *row, int64_t ahead, int64_t length) {
+  for (int64_t i = 0; i < length; i += LINE<Number>) fetch(row, ahead + i);
+}
+template <typename Number>
+ALWAYS_INLINE void fetch_rows(const Number *row, int64_t ahead, int64_t rows, int64_t step, int64_t length) {
+  for (int64_t r = 0; r < rows; r++) fetch_row(row, ahead + r * step, length);
 }
 
 // Call with a number up to `most` as one that the compiler knows.

@@ -33,7 +33,7 @@ def in_turn(
     """Measure several things in turn, in an order drawn for each round, and give each one's median milliseconds.
 
     In a fixed order each would always find the cache as the same other one left it; there and back, the first and the
-    last would find it as they left it themselves; in an order drawn anew from one seed, the same in every pass.
+    last would find it as they left it themselves. Drawn from a seed, the orders would be the same in every pass.
 
     Args:
         measure: gives one or more measurements of a name.
@@ -46,7 +46,7 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         fastest = min((min(taken) for name, taken in times.items() if taken and name != baseline), default=math.inf)
-        for name in random.sample(names, len(names)):
+        for name in random.SystemRandom().sample(names, len(names)):
             if turn < sure or min(times[name]) <= patience * fastest:
                 times[name] += measure(name)
     return {name: round(statistics.median(taken), 4) for name, taken in times.items()}

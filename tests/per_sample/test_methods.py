@@ -3,13 +3,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyn_lightning.functional import dynamic_conv2d
-from dyn_lightning.per_sample.geometry import Geometry, output_size
+from dyn_lightning.per_sample.geometry import Geometry, Pair, output_size
 from dyn_lightning.per_sample.methods import matmul, mix_kernels
 from tests.contract import GEOMETRIES
+from tests.per_sample.loop import assert_equals_the_loop, draw, loop
+from tests.tolerances import assert_close
 
 
 def test_mix_kernels_of_one_open_kernel() -> None:
@@ -62,3 +65,44 @@ def test_one_image_in_channels_last_has_torchs_strides(method: str, groups: int,
                 options = {"padding": kernel // 2, "groups": groups, "method": method}
                 y = dynamic_conv2d(x, routing, weight, given, **options)
             assert y.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "size", "geometry"),
+    [
+        (1, (7, 6), {}),
+        (1, (1, 1), {}),
+        (3, (2, 2), {"padding": 1}),
+        (3, (2, 2), {"stride": 2, "padding": 1}),
+        (1, (3, 4), {"stride": 2, "padding": 1}),
+        (3, (5, 4), {"dilation": 1}),
+    ],
+)
+class TestTheMixtureOfOneImage:
+    def test_equals_the_loop(self, kernel: int, size: Pair, geometry: dict[str, int], layout: Any) -> None:
+        input, *others = draw(1, size, (kernel, kernel))
+        input = input.detach().contiguous(memory_format=layout).requires_grad_()
+        assert_equals_the_loop((input, *others), "mixture", **geometry)
+
+        def compute(*tensors: Tensor) -> Tensor:
+            return dynamic_conv2d(*tensors, method="mixture", **geometry)
+
+        gradgradcheck(compute, (input, *others))
+        half = [tensor.detach().bfloat16() for tensor in (input, *others)]
+        y = compute(*half)
+        assert y.dtype == torch.bfloat16
+        assert_close(y.double(), loop(*[tensor.double() for tensor in half], **geometry), torch.bfloat16)
+
+    def test_one_at_a_time(self, kernel: int, size: Pair, geometry: dict[str, int], layout: Any) -> None:
+        input, routing, weight, _ = (tensor.detach() for tensor in draw(3, size, (kernel, kernel)))
+        input = input.contiguous(memory_format=layout)
+
+        def loss(weight: Tensor, x: Tensor, shares: Tensor) -> Tensor:
+            return dynamic_conv2d(x[None], shares[None], weight, method="mixture", **geometry).square().sum()
+
+        gradients = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, input, routing)
+        leaf = weight.clone().requires_grad_()
+        for b in range(3):
+            y = loop(input[b : b + 1], routing[b : b + 1], leaf, **geometry)
+            assert_close(gradients[b], torch.autograd.grad(y.square().sum(), leaf)[0])

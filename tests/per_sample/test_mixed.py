@@ -41,7 +41,8 @@ SHAPES = [
     ((1, 1), (1, 2), (0, 1), (1, 1), (4, 2)),
 ]
 # In and out: of one vector and of more, which overlap or not, of one block and of more.
-CHANNELS = [(16, 16), (21, 37), (64, 96), (70, 193)]
+# Of a last vector more than half is used, or less.
+CHANNELS = [(16, 16), (21, 37), (24, 25), (30, 61), (64, 96), (70, 193)]
 
 
 def draw(

@@ -24,7 +24,7 @@ from dyn_lightning.allocator import is_freed_memory_kept
 from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
 from experiments.benchmarks.dynamic_conv.layers import JOBS as LAYER_JOBS
-from experiments.benchmarks.dynamic_conv.layers import SIZES, Shape, layers, shapes
+from experiments.benchmarks.dynamic_conv.layers import ROUNDS_OF_ONE, SIZES, Shape, layers, shapes
 from experiments.benchmarks.dynamic_conv.modes import modes
 from experiments.benchmarks.dynamic_conv.networks import JOBS, NETWORKS, networks, prepare
 from experiments.benchmarks.dynamic_conv.plots import draw
@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none is named")
-    parser.add_argument("--rounds", type=count, default=5, help="repetitions (layers: of one image 3 times as many)")
+    parser.add_argument(
+        "--rounds", type=count, default=5, help=f"repetitions (layers: of one image {ROUNDS_OF_ONE} times as many)"
+    )
     parser.add_argument("--passes", type=count, default=1, help="over all layers, of which the median is given as well")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but modes")

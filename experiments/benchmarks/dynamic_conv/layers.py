@@ -98,8 +98,7 @@ def measure_layer(
         case = (stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
         serves = not why_not(*case, options.device.type)
         functions = {name: partial(compute, name) for name in names(options) if name != "cpp" or serves}
-        rounds = options.rounds * (ROUNDS_OF_ONE if batch == 1 else 1)
-        times = interleaved(functions, rounds, options.device, patience=4, least_ms=5)
+        times = interleaved(functions, _rounds(batch, options), options.device, patience=4, least_ms=5)
         peaks = {name: round(peak_bytes(function, options.device) / 2**20, 3) for name, function in functions.items()}
     return times, peaks, choose_method(x.to(options.dtype), weight.to(options.dtype), *geometry, training=training)
 
@@ -130,11 +129,16 @@ def layers(options: Any) -> list[dict[str, Any]]:
                 )
                 print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
                 about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": shapes()[shape]}
+                about["rounds"] = _rounds(batch, options)
                 about["kernel"] = _seen(shape, batch, training, options)
                 found.append({**about, "auto": chosen, "milliseconds": times, "MiB": peaks})
         print(quality(found))
         results += found
     return results
+
+
+def _rounds(batch: int, options: Any) -> int:
+    return int(options.rounds) * (ROUNDS_OF_ONE if batch == 1 else 1)
 
 
 def _seen(shape: Shape, batch: int, training: bool, options: Any) -> tuple[int, ...]:
