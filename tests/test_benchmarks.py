@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, kind_of, mixed_first
+from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, is_open, kind_of, methods_within, mixed_first
 from dyn_lightning.per_sample.geometry import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
@@ -125,7 +125,7 @@ def test_the_costs_are_those_of_the_runs_that_are_here() -> None:
         these = [
             (case, mixed_first(case), result["milliseconds"])
             for case, result in rows
-            if fit_costs.is_open(case) and kind_of(case) == kind
+            if is_open(case) and "mixture" in methods_within(case) and kind_of(case) == kind
         ]
         fitted = fit(these)
         for found, kept in zip(fitted, costs, strict=True):

@@ -7,7 +7,7 @@ import torch
 
 from dyn_lightning.per_sample.depthwise import serves
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
-from dyn_lightning.per_sample.methods import mixes_rows, multiplies
+from dyn_lightning.per_sample.methods import are_few, mixes_rows, multiplies
 from dyn_lightning.per_sample.mixed import numbers_held, why_not
 from dyn_lightning.per_sample.reduction import Plan
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
@@ -99,8 +99,10 @@ class Case(NamedTuple):
         return self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions()
 
     def held_unfolded(self) -> int:
-        """Numbers that the unfolded input takes, and for a while its unfolding."""
-        return self.patches() if self.is_product() else self.patches() + math.prod(self.input)
+        """Numbers that the unfolded input takes, and for a while its unfolding, and few columns in another order."""
+        pixels, patches = math.prod(self.input), self.patches()
+        held, columns = (patches, pixels) if self.is_product() else (patches + pixels, patches)
+        return held + columns if are_few(self.positions()) else held
 
     def held(self) -> dict[str, int]:
         """Numbers that each method but chunks holds at once, beside input, kernels and output."""

@@ -79,34 +79,34 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # contiguous maps, freed memory kept.
 CPU_COSTS = {
     (True, True, "several"): Costs(
-        (1650, 52.6, 23.7, 72.7e6, 362, 1980),
-        (31.8, 890, 3420, 745e6),
-        (0, 356, 14.2, 413e6, 79.3),
+        (1860, 26.3, 26.7, 88.4e6, 252, 2000),
+        (37.5, 600, 2810, 668e6),
+        (172, 348, 13.9, 401e6, 87.7),
     ),
     (True, False, "several"): Costs(
-        (669, 0, 7.32, 42e6, 90.3, 1430),
-        (29.8, 235, 640, 96.9e6),
-        (15.6, 86.9, 4.73, 35.6e6, 44),
+        (523, 10.4, 5.68, 18.9e6, 73.5, 1370),
+        (31.2, 241, 637, 83.2e6),
+        (32.9, 85.3, 3.32, 21.2e6, 80.5),
     ),
     (True, False, "one"): Costs(
-        (140, 69.1, 11.4, 17.2e6, 284, 0),
-        (13.8, 132, 451, 70.6e6),
-        (0, 1510, 7.83, 21.8e6, 62.7),
+        (796, 48.1, 9.55, 15.3e6, 506, 0),
+        (8.89, 109, 549, 27.8e6),
+        (0, 1740, 7.1, 23e6, 85.1),
     ),
     (False, True, "several"): Costs(
-        (2880, 51.1, 20.7, 0, 515, 1110),
-        (45.2, 1190, 0, 402e6),
-        (0, 425, 12.3, 0, 190),
+        (2970, 50.9, 20.1, 0, 2500, 787),
+        (44.1, 1090, 0, 583e6),
+        (9.42, 419, 13.3, 210e6, 155),
     ),
     (False, False, "several"): Costs(
-        (1590, 6.46, 3.3, 0, 2550, 0),
-        (23.7, 479, 406, 164e6),
-        (3.84, 62.9, 9.21, 62e6, 37.2),
+        (615, 11.3, 3.32, 0, 0, 632),
+        (18.4, 541, 653, 0),
+        (0, 67.2, 3.56, 0, 0),
     ),
     (False, False, "one"): Costs(
-        (2020, 64.6, 7.59, 0, 0, 0),
-        (15.3, 235, 0, 30.5e6),
-        (0, 1320, 12, 0, 2060),
+        (1170, 60.3, 7.15, 0, 369, 0),
+        (19.2, 145, 0, 28.1e6),
+        (0, 1130, 11, 0, 2100),
     ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
@@ -130,11 +130,19 @@ def choose(case: Case) -> str:
     within, first = methods_within(case), mixed_first(case)
     first = first if first in within else "chunked"
     kind, costs = kind_of(case), CPU_COSTS if case.device == "cpu" else CUDA_COSTS
-    if case.is_depthwise() or kind not in costs:  # one image, mixed once: K times fewer multiply-adds
+    if not is_open(case) or kind not in costs:
         return first
     if case.channels_last and case.input[0] > 1 and not case.is_product() and "cpp" in within:
         first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
     return costs[kind].best(case, first, within)
+
+
+def is_open(case: Case) -> bool:
+    """Tell whether costs decide: not if each sample has a kernel for each channel, which is mixed with K times fewer
+    multiply-adds, nor for a single column that K kernels would give as short sums, each of fewer numbers than it gives.
+    """
+    single = case.input[0] == case.positions() == 1 and case.is_product()
+    return not case.is_depthwise() and not (single and case.weight[1] > case.weight[2])
 
 
 def kind_of(case: Case) -> Kind:

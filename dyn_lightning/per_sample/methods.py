@@ -20,7 +20,7 @@ from dyn_lightning.per_sample.operation import operation
 from dyn_lightning.per_sample.tracing import is_one
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
-# convolution pays for laying out kernels that are used so few times.
+# convolution pays for laying out kernels that are used so few times, a product for columns that lie across each other.
 FEW_POSITIONS = 4
 
 
@@ -98,9 +98,15 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
 
 
 def columns(patches: Tensor) -> Tensor:
-    """Give ``(b, i, p)``, if p are few with each column side by side: a product takes a half to a quarter of the time."""
-    few = not torch.compiler.is_compiling() and type(count := patches.shape[2]) is int and 1 < count <= FEW_POSITIONS
+    """Give ``(b, i, p)`` so that few columns each lie side by side: products take a half to a quarter of the time."""
+    count = patches.shape[2]  # open in a compiler, a tensor to a tracer
+    few = not torch.compiler.is_compiling() and type(count) is int and are_few(count)
     return patches.mT.contiguous().mT if few else patches
+
+
+def are_few(columns: int) -> bool:
+    """Tell whether a product with so many columns takes less time if each lies side by side."""
+    return 1 < columns <= FEW_POSITIONS
 
 
 def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tensor:

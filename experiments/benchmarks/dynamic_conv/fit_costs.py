@@ -26,6 +26,7 @@ from dyn_lightning.per_sample.choice import (
     Costs,
     choose,
     cpp_work,
+    is_open,
     kind_of,
     methods_within,
     mixed_first,
@@ -63,11 +64,6 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
         kept = measured.get("keeps_freed_memory", False)  # older files have it not
         found.append((case_of(plan, layout, torch.float32, "cpu", training, keeps_memory=kept), result))
     return found
-
-
-def is_open(case: Case) -> bool:
-    """Tell whether the choice is made by costs."""
-    return not case.is_depthwise() and "mixture" in methods_within(case)
 
 
 def fit(results: list[Result]) -> Costs:
@@ -115,7 +111,7 @@ def main(paths: list[str]) -> None:
     """Print the fitted numbers, the choices by them that would not be best, and how good those of ``choice.py`` are."""
     measured = {path: cases(path) for path in paths}
     results = [(case, mixed_first(case), result["milliseconds"]) for rows in measured.values() for case, result in rows]
-    results = [row for row in results if is_open(row[0])]
+    results = [row for row in results if is_open(row[0]) and "mixture" in methods_within(row[0])]
     for kind in sorted({kind_of(case) for case, *_ in results}, reverse=True):
         these = [row for row in results if kind_of(row[0]) == kind]
         costs = fit(these)
