@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, is_open, kind_of, methods_within, mixed_first
+from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, kind_of
 from dyn_lightning.per_sample.geometry import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
-from experiments.benchmarks.dynamic_conv.fit_costs import fit, lines
+from experiments.benchmarks.dynamic_conv.fit_costs import decided_by_costs, fit, lines
 from experiments.benchmarks.dynamic_conv.growth import backward_flops, explained, work_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 from experiments.benchmarks.dynamic_conv.plots import draw
@@ -56,8 +56,8 @@ def test_an_order_is_drawn_for_each_round() -> None:
 
     for _ in range(2):
         random.seed(0)
-        in_turn(measure, [*"abcdefgh"], rounds=4)
-    assert len({tuple(order[start : start + 8]) for start in range(0, 64, 8)}) == 8
+        in_turn(measure, [*"abcdefghijkl"], rounds=4)
+    assert len({tuple(order[start : start + 12]) for start in range(0, 96, 12)}) == 8
 
 
 def test_interleaved_calls_the_short_several_times() -> None:
@@ -118,15 +118,11 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
 
 
 def test_the_costs_are_those_of_the_runs_that_are_here() -> None:
-    files = [RESULTS / f"{name}.json" for name in ("layers", "layers_k16")]
-    rows = [row for file in files for row in fit_costs.cases(str(file))]
+    files = [RESULTS / f"{name}.json" for name in ("layers", "layers_again", "layers_k16")]
+    results = [result for file in files for result in decided_by_costs(fit_costs.cases(str(file)))]
     by_fit = by_lines = 0.0
     for kind, costs in CPU_COSTS.items():
-        these = [
-            (case, mixed_first(case), result["milliseconds"])
-            for case, result in rows
-            if is_open(case) and "mixture" in methods_within(case) and kind_of(case) == kind
-        ]
+        these = [result for result in results if kind_of(result[0]) == kind]
         fitted = fit(these)
         for found, kept in zip(fitted, costs, strict=True):
             assert kept == pytest.approx(found, rel=0.01)
@@ -272,20 +268,21 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
 
 
 def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    files = {4: RESULTS / "layers_again.json", 16: RESULTS / "layers_k16.json"}
-    fit_costs.main([str(path) for path in files.values()])
+    names = {"K = 4": "layers", "K = 4, an hour before": "layers_again", "K = 16": "layers_k16"}
+    files = {run: str(RESULTS / f"{name}.json") for run, name in names.items()}
+    fit_costs.main([*files.values()])
+    files["K = 4, both together"] = "K = 4, 2 runs together"
     said = capsys.readouterr().out.splitlines()
     log = (ROOT / "experiments/LOG.md").read_text()
-    for kernels, path in files.items():
-        measured = json.loads(path.read_text())["results"]["layers"]
-        for job in dict.fromkeys(result["job"] for result in measured):
+    for run, path in files.items():
+        for job in layers.JOBS:
             start = f"{path}, {job}, "
             (line,) = (one for one in said if one.startswith(start))
             found = re.search(r"on (.*)% of .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)
             assert found is not None
             near, most, faster, slower = found.groups()
             batch = "" if job == "forward of one" else ", batch 32"
-            assert f"| K = {kernels}, {job}{batch} | {near} % | {most} | {faster} | {slower} |" in log
+            assert f"| {run}, {job}{batch} | {near} % | {most} | {faster} | {slower} |" in log
 
 
 def test_shapes_are_those_of_the_networks() -> None:

@@ -99,19 +99,19 @@ class Case(NamedTuple):
         return self.input[0] * self.input[1] * math.prod(self.weight[3:]) * self.positions()
 
     def held_unfolded(self) -> int:
-        """Numbers that the unfolded input takes, and for a while its unfolding, and few columns in another order."""
-        pixels, patches = math.prod(self.input), self.patches()
-        held, columns = (patches, pixels) if self.is_product() else (patches + pixels, patches)
-        return held + columns if are_few(self.positions()) else held
+        """Numbers that the unfolded input takes, and for a while its unfolding."""
+        return self.patches() if self.is_product() else self.patches() + math.prod(self.input)
 
     def held(self) -> dict[str, int]:
         """Numbers that each method but chunks holds at once, beside input, kernels and output."""
         pixels, outputs, mixed = math.prod(self.input), self.outputs(), self.mixed_weights()
         copied = 0 if self.dense else pixels  # by whatever wants a layout
         unfolded = self.held_unfolded()
+        if are_few(self.positions()) and not (self.is_product() and self.channels_last):  # laid out side by side
+            unfolded += pixels if self.is_product() else self.patches()
         mixture = self.weight[0] * outputs
         if mixes_rows(self.weight, self.geometry, self.positions()):
-            mixture += pixels if self.is_product() else 2 * self.patches() + pixels
+            mixture += pixels + copied if self.is_product() else 2 * self.patches() + pixels
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied

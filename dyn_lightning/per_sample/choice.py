@@ -43,7 +43,7 @@ class Costs(NamedTuple):
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
     """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what comes
-    out, and the first again where a product has few columns, which takes as long as with more.
+    out, and the first again where a product has few columns, which it is slow with.
 
     The call of a convolution is not counted: those that were measured take so long that it cannot be told.
     """
@@ -74,39 +74,39 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images).
-# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
-# `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other types), K = 4 and 16,
-# contiguous maps, freed memory kept.
+# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json`, `layers_again.json` and
+# `layers_k16.json` in `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other
+# types), K = 4 and 16, contiguous maps, freed memory kept.
 CPU_COSTS = {
     (True, True, "several"): Costs(
-        (1860, 26.3, 26.7, 88.4e6, 252, 2000),
-        (37.5, 600, 2810, 668e6),
-        (172, 348, 13.9, 401e6, 87.7),
+        (2160, 10.3, 28.8, 108e6, 244, 2100),
+        (37.2, 592, 2960, 709e6),
+        (230, 339, 15.5, 358e6, 97.6),
     ),
     (True, False, "several"): Costs(
-        (523, 10.4, 5.68, 18.9e6, 73.5, 1370),
-        (31.2, 241, 637, 83.2e6),
-        (32.9, 85.3, 3.32, 21.2e6, 80.5),
+        (584, 7.17, 6.39, 27.5e6, 92.2, 1180),
+        (29.4, 233, 687, 91.3e6),
+        (42.1, 81.4, 3.97, 21.6e6, 72.9),
     ),
     (True, False, "one"): Costs(
-        (796, 48.1, 9.55, 15.3e6, 506, 0),
-        (8.89, 109, 549, 27.8e6),
-        (0, 1740, 7.1, 23e6, 85.1),
+        (638, 51.8, 9.69, 13.5e6, 432, 0),
+        (9.7, 91.8, 398, 25e6),
+        (0, 1730, 6.67, 20.6e6, 79.2),
     ),
     (False, True, "several"): Costs(
-        (2970, 50.9, 20.1, 0, 2500, 787),
-        (44.1, 1090, 0, 583e6),
-        (9.42, 419, 13.3, 210e6, 155),
+        (3090, 48.4, 21.1, 0, 3360, 483),
+        (42.8, 1170, 0, 1010e6),
+        (4.79, 403, 14.5, 392e6, 62),
     ),
     (False, False, "several"): Costs(
-        (615, 11.3, 3.32, 0, 0, 632),
-        (18.4, 541, 653, 0),
-        (0, 67.2, 3.56, 0, 0),
+        (997, 11.8, 4.71, 0, 258, 38.4),
+        (21.3, 504, 607, 87.9e6),
+        (0, 67.6, 5.65, 13.4e6, 0),
     ),
     (False, False, "one"): Costs(
-        (1170, 60.3, 7.15, 0, 369, 0),
-        (19.2, 145, 0, 28.1e6),
-        (0, 1130, 11, 0, 2100),
+        (1110, 61, 7.06, 0, 352, 0),
+        (21, 127, 0, 26.6e6),
+        (0, 1080, 11.3, 0, 2020),
     ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
@@ -138,10 +138,11 @@ def choose(case: Case) -> str:
 
 
 def is_open(case: Case) -> bool:
-    """Tell whether costs decide: not if each sample has a kernel for each channel, which is mixed with K times fewer
-    multiply-adds, nor for a single column that K kernels would give as short sums, each of fewer numbers than it gives.
+    """Tell whether costs decide: not of depthwise kernels, which are mixed with K times fewer multiply-adds, nor of one
+    image of one pixel with fewer input than output channels, of which K kernels would sum up too few numbers each.
     """
-    single = case.input[0] == case.positions() == 1 and case.is_product()
+    # The product first: while compiling, other comparisons would close what is left open of the batch.
+    single = case.is_product() and case.input[0] == 1 and case.positions() == 1
     return not case.is_depthwise() and not (single and case.weight[1] > case.weight[2])
 
 

@@ -22,10 +22,11 @@ from dyn_lightning.per_sample.tracing import remembered
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Pixels of a map up to which as many planes at once as a vector has lanes, turned to lie side by side, take less time
-# than one by one: they are to fit into a near cache. With a stride, one plane has to be taken apart, and larger ones
-# are turned if there are some for each thread. In bfloat16 planes of any size and number are.
-MOST_TOGETHER, MOST_TOGETHER_WITH_STRIDE = 400, 3600
-LEAST_TOGETHER = 128
+# than one by one: they are to fit into a near cache. In bfloat16 planes of any size are turned.
+MOST_TOGETHER = 400
+# With a stride, one plane has to be taken apart, so larger ones are turned as well, if there are as many as these: five
+# times as many as the widest vector has lanes, for each of two threads.
+MOST_TOGETHER_WITH_STRIDE, LEAST_TOGETHER = 3600, 160
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
 MOST_LAID_OUT = 64
@@ -62,12 +63,11 @@ def serves(
         return False
     if layout == "channels_last":
         return serves_channels_last(samples, channels)
-    if not _is_together(input, geometry, dtype):
-        outputs, laid_out = positions(input, kernels, geometry), 1
-        for length, step, distance, count in zip(size, geometry.stride, geometry.dilation, outputs, strict=True):
-            laid_out *= step * (count + distance * (length - 1) // step)
-        if laid_out > MOST_LAID_OUT * math.prod(outputs):
-            return False
+    outputs, laid_out = positions(input, kernels, geometry), 1
+    for length, step, distance, count in zip(size, geometry.stride, geometry.dilation, outputs, strict=True):
+        laid_out *= step * (count + distance * (length - 1) // step)
+    if laid_out > MOST_LAID_OUT * math.prod(outputs) and not _is_together(input, geometry, dtype):
+        return False
     return is_compiled()
 
 

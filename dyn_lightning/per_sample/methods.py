@@ -17,10 +17,10 @@ from dyn_lightning.per_sample.convolution import convolve, is_convolved_singly
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, is_channels_last
 from dyn_lightning.per_sample.operation import operation
-from dyn_lightning.per_sample.tracing import is_one
+from dyn_lightning.per_sample.tracing import in_export, is_one
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
-# convolution pays for laying out kernels that are used so few times, a product for columns that lie across each other.
+# convolution pays for laying out kernels that are used so few times, a product for columns whose numbers lie apart.
 FEW_POSITIONS = 4
 
 
@@ -36,7 +36,7 @@ def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     matrices = kernels.reshape(products, out_channels // geometry.groups, -1)
     patches = patches.reshape(products, matrices.shape[2], -1)
     size = positions(input.shape, kernels.shape, geometry)
-    return torch.bmm(matrices, columns(patches)).view(batch, out_channels, *size)
+    return torch.bmm(matrices, side_by_side(patches)).view(batch, out_channels, *size)
 
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -62,7 +62,7 @@ def matmul(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -
             kernels = mix_kernels(routing, weight).flatten(2).mT
         return torch.bmm(input.flatten(2).mT, kernels).unflatten(1, input.shape[2:]).permute(0, 3, 1, 2)
     kernels = torch.mm(routing, weight.flatten(1)).view(-1, *weight.shape[1:3])
-    return torch.bmm(kernels, columns(input.flatten(2))).view(*kernels.shape[:2], *input.shape[2:])
+    return torch.bmm(kernels, side_by_side(input.flatten(2))).view(*kernels.shape[:2], *input.shape[2:])
 
 
 def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -72,7 +72,7 @@ def mixture(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) 
     if mixes_rows(weight.shape, geometry, math.prod(size)):
         patches, matrix = unfolded(input, weight.shape[3:], geometry), weight.flatten(0, 1).flatten(1)
         if is_one(patches.shape[0]) and not is_channels_last(input):
-            products = (matrix @ columns(patches).flatten(0, 1)).view(kernels, -1)
+            products = (matrix @ side_by_side(patches).flatten(0, 1)).view(kernels, -1)
             return (routing.to(products.dtype) @ products).view(1, out_channels, *size)
         rows = patches.mT
         products = (rows.flatten(0, 1) @ matrix.mT).unflatten(1, (kernels, out_channels))
@@ -97,15 +97,17 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
     return multiplies(weight, geometry) or (geometry.groups == 1 and positions <= FEW_POSITIONS)
 
 
-def columns(patches: Tensor) -> Tensor:
-    """Give ``(b, i, p)`` so that few columns each lie side by side: products take a half to a quarter of the time."""
-    count = patches.shape[2]  # open in a compiler, a tensor to a tracer
-    few = not torch.compiler.is_compiling() and type(count) is int and are_few(count)
+def side_by_side(patches: Tensor) -> Tensor:
+    """Give ``(b, i, p)``, if the columns are few so that the numbers of each lie side by side: on a CPU products then
+    take a half to a quarter of the time.
+    """
+    count = patches.shape[2]  # may be open in an export, and is a tensor to a tracer
+    few = patches.is_cpu and not in_export() and type(count) is int and are_few(count)
     return patches.mT.contiguous().mT if few else patches
 
 
 def are_few(columns: int) -> bool:
-    """Tell whether a product with so many columns takes less time if each lies side by side."""
+    """Tell whether a product with so many columns is to have them ``side_by_side``."""
     return 1 < columns <= FEW_POSITIONS
 
 

@@ -57,8 +57,8 @@ Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
 }
 
 // Numbers, each of which is multiplied with a row of vectors: lines of so many for each sum, and how far one is from
-// the next sum's, from the next of the same sum, and from the next line's; and how far ahead of what lies side by side
-// the cache is to fetch, if at all.
+// the next sum's, from the next of the same sum, and from the next line's; and how far ahead of them the cache is
+// to fetch, if at all, where they lie side by side.
 template <typename Number> struct Numbers {
   const Number *begin;
   int64_t sum, next, line, ahead = 0;

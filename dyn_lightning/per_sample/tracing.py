@@ -74,10 +74,10 @@ def in_function_transform() -> bool:
 
 
 def is_one(batch: int) -> bool:
-    """Tell whether a batch is of one image. While a network is compiled or exported it is said to be of several, since
-    to compare would close what is left open of the batch; a tracer's sizes are tensors.
+    """Tell whether a batch is of one image. While a network is exported it is said to be of several, since to compare
+    would close what is left open of the batch; a tracer's sizes are tensors.
     """
-    return not torch.compiler.is_compiling() and type(batch) is int and batch == 1
+    return not in_export() and type(batch) is int and batch == 1
 
 
 def in_strict_export() -> bool:

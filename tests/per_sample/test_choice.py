@@ -276,6 +276,12 @@ class TestMemory:
         for copied in (x[:, :, :, ::2], last):
             assert choose_method(copied, weight, **PADDED, **limits) == "chunked"
 
+    def test_few_columns_that_are_laid_out_side_by_side_count(self) -> None:
+        x, weight = torch.empty(1, 640, 2, 2), torch.empty(16, 32, 640, 1, 1)
+        needed = 4 * (32 * 640 + 640 * 4)
+        for limit, method in ((needed, "matmul"), (needed - 1, "chunked")):
+            assert choose_method(x, weight, training=False, max_mixed_bytes=limit) == method
+
     def test_unfolded_input_counts(self) -> None:
         tensors = torch.empty(2, 512, 4, 4), torch.empty(16, 1, 512, 3, 3)
         assert choose_method(*tensors, **PADDED, training=False) == "matmul"

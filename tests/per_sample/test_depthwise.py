@@ -60,7 +60,7 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 def _planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute planes of any size together, and one by one, which bfloat16 never is."""
     monkeypatch.setattr(depthwise, "MOST_TOGETHER", 1 << 20 if request.param == "together" else 0)
-    monkeypatch.setattr(depthwise, "LEAST_TOGETHER", 1 << 20)
+    monkeypatch.setattr(depthwise, "LEAST_TOGETHER", 1 << 20)  # with a stride too
     monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
 
 

@@ -75,34 +75,53 @@ def test_one_image_in_channels_last_has_torchs_strides(method: str, groups: int,
         (1, (1, 1), {}),
         (3, (2, 2), {"padding": 1}),
         (3, (2, 2), {"stride": 2, "padding": 1}),
-        (1, (3, 4), {"stride": 2, "padding": 1}),
-        (3, (5, 4), {"dilation": 1}),
+        (1, (2, 1), {}),
+        (1, (1, 2), {"stride": 2, "padding": 1}),
+        (3, (5, 6), {"dilation": 2}),
     ],
 )
-class TestTheMixtureOfOneImage:
-    def test_equals_the_loop(self, kernel: int, size: Pair, geometry: dict[str, int], layout: Any) -> None:
-        input, *others = draw(1, size, (kernel, kernel))
+@pytest.mark.parametrize("method", ["matmul", "mixture"])
+class TestOneImageAndFewColumns:
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_equal_the_loop(
+        self, batch: int, kernel: int, size: Pair, geometry: dict[str, int], layout: Any, method: str
+    ) -> None:
+        input, *others = draw(batch, size, (kernel, kernel))
         input = input.detach().contiguous(memory_format=layout).requires_grad_()
-        assert_equals_the_loop((input, *others), "mixture", **geometry)
+        assert_equals_the_loop((input, *others), method, **geometry)
 
         def compute(*tensors: Tensor) -> Tensor:
-            return dynamic_conv2d(*tensors, method="mixture", **geometry)
+            return dynamic_conv2d(*tensors, method=method, **geometry)
 
-        gradgradcheck(compute, (input, *others))
+        if batch == 1:
+            gradgradcheck(compute, (input, *others))
         half = [tensor.detach().bfloat16() for tensor in (input, *others)]
         y = compute(*half)
         assert y.dtype == torch.bfloat16
         assert_close(y.double(), loop(*[tensor.double() for tensor in half], **geometry), torch.bfloat16)
 
-    def test_one_at_a_time(self, kernel: int, size: Pair, geometry: dict[str, int], layout: Any) -> None:
+    def test_per_sample_gradients(
+        self, kernel: int, size: Pair, geometry: dict[str, int], layout: Any, method: str
+    ) -> None:
         input, routing, weight, _ = (tensor.detach() for tensor in draw(3, size, (kernel, kernel)))
         input = input.contiguous(memory_format=layout)
 
         def loss(weight: Tensor, x: Tensor, shares: Tensor) -> Tensor:
-            return dynamic_conv2d(x[None], shares[None], weight, method="mixture", **geometry).square().sum()
+            return dynamic_conv2d(x[None], shares[None], weight, method=method, **geometry).square().sum()
 
         gradients = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, input, routing)
         leaf = weight.clone().requires_grad_()
         for b in range(3):
             y = loop(input[b : b + 1], routing[b : b + 1], leaf, **geometry)
             assert_close(gradients[b], torch.autograd.grad(y.square().sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("method", ["matmul", "mixture"])
+@pytest.mark.parametrize(("batch", "size"), [(1, (1, 1)), (1, (2, 1)), (3, (2, 2)), (1, (7, 6))])
+def test_compiled_one_image_and_few_columns(batch: int, size: Pair, method: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="aot_eager")
+    tensors = draw(batch, size, (1, 1))
+    y, expected = compiled(*tensors, method=method), dynamic_conv2d(*tensors, method=method)
+    assert_close(y, expected)
+    assert_close(*(torch.autograd.grad(out.square().sum(), tensors) for out in (y, expected)))

@@ -66,6 +66,15 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
     return found
 
 
+def decided_by_costs(rows: list[tuple[Case, dict[str, Any]]]) -> list[Result]:
+    """Give what is fitted to."""
+    return [
+        (case, mixed_first(case), result["milliseconds"])
+        for case, result in rows
+        if is_open(case) and "mixture" in methods_within(case)
+    ]
+
+
 def fit(results: list[Result]) -> Costs:
     """Fit one kind of layer and job: the line of each way, then all numbers so that little time is lost by choices."""
     counted, starts = _counted(results), [np.array(numbers) for numbers in lines(results) if numbers]
@@ -110,8 +119,7 @@ def _ways(first: str) -> tuple[str, ...]:
 def main(paths: list[str]) -> None:
     """Print the fitted numbers, the choices by them that would not be best, and how good those of ``choice.py`` are."""
     measured = {path: cases(path) for path in paths}
-    results = [(case, mixed_first(case), result["milliseconds"]) for rows in measured.values() for case, result in rows]
-    results = [row for row in results if is_open(row[0]) and "mixture" in methods_within(row[0])]
+    results = [result for rows in measured.values() for result in decided_by_costs(rows)]
     for kind in sorted({kind_of(case) for case, *_ in results}, reverse=True):
         these = [row for row in results if kind_of(row[0]) == kind]
         costs = fit(these)
