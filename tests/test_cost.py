@@ -93,7 +93,7 @@ class TestMethods:
         small = methods(model, (3, 32, 32), batch_size=1, training=False)
         assert small["features.1.conv.0.0"] == "grouped"  # depthwise, 16 x 16
         of_the_last = {name: method for name, method in small.items() if name.startswith("features.17.")}
-        assert [*of_the_last.values()] == ["matmul", "grouped", "matmul"]
+        assert [*of_the_last.values()] == ["matmul", "grouped", "mixture"]
         assert model.training
         assert all(buffer.isfinite().all() for buffer in model.buffers())
 

@@ -42,7 +42,7 @@ SHAPES = [
 ]
 # In and out: of one vector and of more, which overlap or not, of one block and of more.
 # Of a last vector more than half is used, or less.
-CHANNELS = [(16, 16), (21, 37), (24, 25), (30, 61), (64, 96), (70, 193)]
+CHANNELS = [(16, 16), (24, 25), (30, 61), (70, 193)]
 
 
 def draw(
