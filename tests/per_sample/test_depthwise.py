@@ -557,6 +557,7 @@ class TestCompiling:
         assert_close(y, loop(*tensors, **SMALL))
         assert not list((tmp_path / "dyn_lightning").iterdir())
 
+    @pytest.mark.slow  # compiles the library
     def test_a_folder_without_links(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         def refuse(*_: object) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
@@ -565,6 +566,7 @@ class TestCompiling:
         assert native.is_compiled()
         assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
+    @pytest.mark.slow  # compiles the library
     def test_by_several_processes_at_once(self, tmp_path: Path) -> None:
         self._compile_in_another_process(2)
         (one,) = (tmp_path / "dyn_lightning").iterdir()
@@ -578,6 +580,7 @@ class TestCompiling:
         with pytest.warns(UserWarning, match="dynamic convolutions are slower"):
             assert not native.is_compiled()
 
+    @pytest.mark.slow  # compiles the library
     def test_a_library_that_does_not_load(self, tmp_path: Path) -> None:
         self._compile_in_another_process()
         (one,) = (tmp_path / "dyn_lightning").iterdir()
