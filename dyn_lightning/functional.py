@@ -66,8 +66,9 @@ def dynamic_conv2d(
             gradients. Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it
             down to one sample and 64 output channels (32 in products; or all, with groups). Not counted: what a
             convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
-            channels of a map, or of several that come to 4 MB, depthwise of three padded maps of as many channels as
-            fit into a vector, 16 in float32), and what second derivatives, forward mode, function transforms,
+            channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, depthwise
+            of three padded maps of as many channels as fit into a vector, 16 in float32), the copy of a gradient that
+            does not lie as the output does, and what second derivatives, forward mode, function transforms,
             ``torch.jit.trace`` and complex numbers take, for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all
             kernels at once.
 

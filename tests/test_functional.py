@@ -268,9 +268,12 @@ def test_transforms_are_compiled(method: str) -> None:
 
 
 def test_open_sizes_can_be_traced() -> None:
-    tensors = tuple(tensor.detach() for tensor in draw(3))
+    tensors, others = (
+        tuple(tensor.detach() for tensor in draw(batch, size=size)) for batch, size in ((3, (7, 6)), (5, (9, 11)))
+    )
     traced = make_fx(lambda *tensors: dynamic_conv2d(*tensors, padding=1), tracing_mode="symbolic")(*tensors)
-    assert_close(traced(*tensors), dynamic_conv2d(*tensors, padding=1))
+    for given in (tensors, others):
+        assert_close(traced(*given), dynamic_conv2d(*given, padding=1))
 
 
 @every_method

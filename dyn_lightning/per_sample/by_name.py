@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.case import Case
@@ -26,6 +27,7 @@ def triton(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -
     return convolve(input, routing, weight, geometry)
 
 
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
     """Tell whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None

@@ -9,12 +9,14 @@ from dyn_lightning.per_sample.depthwise import serves
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.methods import are_few, mixes_rows, multiplies
 from dyn_lightning.per_sample.mixed import numbers_held, why_not
+from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.per_sample.reduction import Plan
 from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
 # Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve:
 # this many, or this part of the output channels.
 SMALL_MAP, SMALL_PART = 16, 1 / 4
+TILE = 32  # channels of a tile of Triton's kernels
 # Bytes that a layer may hold beside its input, kernels and output, with their gradients, where its method is chosen.
 MAX_MIXED_BYTES = 256 << 20
 
@@ -32,6 +34,7 @@ class Case(NamedTuple):
     training: bool
     max_mixed_bytes: int
     keeps_memory: bool  # whether memory that is freed stays with the process
+    intel: bool  # whether it is computed on a processor of Intel's
 
     def bytes_of(self, numbers: int) -> int:
         """Bytes that so many numbers take."""
@@ -107,7 +110,8 @@ class Case(NamedTuple):
         pixels, outputs, mixed = math.prod(self.input), self.outputs(), self.mixed_weights()
         copied = 0 if self.dense else pixels  # by whatever wants a layout
         unfolded = self.held_unfolded()
-        if are_few(self.positions()) and not (self.is_product() and self.channels_last):  # laid out side by side
+        if are_few(self.positions(), self.intel) and not (self.is_product() and self.channels_last):
+            # They are laid out side by side.
             unfolded += pixels if self.is_product() else self.patches()
         mixture = self.weight[0] * outputs
         if mixes_rows(self.weight, self.geometry, self.positions()):
@@ -115,13 +119,32 @@ class Case(NamedTuple):
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
             mixture += copied
-        cpp = numbers_held(self.weight, self.training) + copied
+        others = {
+            "mixture": mixture,
+            "cpp": numbers_held(self.weight, self.training) + copied,
+            "triton": self.held_by_triton(),
+        }
         if not self.channels_last or self.is_ours():
-            return {"grouped": mixed + copied, "matmul": mixed + unfolded, "mixture": mixture, "cpp": cpp}
+            return {"grouped": mixed + copied, "matmul": mixed + unfolded, **others}
         # What comes out contiguous is copied; a product's K kernels are transposed.
         again = outputs if not self.is_product() else math.prod(self.weight) if self.training else 0
         grouped = mixed + min(mixed, math.prod(self.weight)) + pixels + outputs  # all K, to be mixed in this layout
-        return {"grouped": grouped, "matmul": mixed + unfolded + again, "mixture": mixture, "cpp": cpp}
+        return {"grouped": grouped, "matmul": mixed + unfolded + again, **others}
+
+    def held_by_triton(self) -> int:
+        """Numbers that Triton's kernels hold: maps copied to be contiguous, the K kernels in another order, and in
+        training their gradients in that order and in the weight's, in float32 where they have 16 bits, and each tile's
+        share of the routing weights' gradients. Half of what training takes, which twice as much is allowed for.
+        """
+        copied = math.prod(self.input) if self.channels_last or not self.dense else 0
+        if not self.training:
+            return math.prod(self.weight) + copied
+        wide = max(1, torch.float32.itemsize // self.dtype.itemsize)
+        groups, (kernels, out_channels, in_channels, *size) = self.geometry.groups, self.weight
+        tiles = groups * -(-(out_channels // groups) // TILE) * -(-in_channels // TILE)
+        parts = math.prod(size) * tiles * self.input[0] * kernels
+        whole = (1 + 2 * wide) * math.prod(self.weight) + wide * parts
+        return -(-(whole + copied + (self.outputs() if self.channels_last else 0)) // 2)
 
 
 def case_of(
@@ -140,8 +163,8 @@ def case_of(
     if in_traced_export():
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
-    rest = (dtype, device, last, dense, training, max_mixed_bytes, device == "cpu" and keeps_memory)
-    return Case(images, kernels, plan.geometry, *rest)
+    of_cpu = device == "cpu" and keeps_memory, device == "cpu" and is_intel()
+    return Case(images, kernels, plan.geometry, dtype, device, last, dense, training, max_mixed_bytes, *of_cpu)
 
 
 def _hints(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -75,8 +75,8 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json`, `layers_again.json` and
-# `layers_k16.json` in `experiments/benchmarks/results`: two x86-64 cores, float32 (the same numbers serve the other
-# types), K = 4 and 16, contiguous maps, freed memory kept.
+# `layers_k16.json` in `experiments/benchmarks/results`: two cores of an x86-64 processor that is not Intel's, float32
+# (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept.
 CPU_COSTS = {
     (True, True, "several"): Costs(
         (2160, 10.3, 28.8, 108e6, 244, 2100),
@@ -109,6 +109,39 @@ CPU_COSTS = {
         (0, 1050, 11.9, 0, 1910),
     ),
 }
+# The same of two cores of Intel's (AVX-512, 48 KB of level 1 cache), from the files in its folder `intel`.
+INTEL_COSTS = {
+    (True, True, "several"): Costs(
+        (0, 220, 17.5, 202e6, 437, 565),
+        (20, 506, 2350, 428e6),
+        (0, 341, 37.5, 481e6, 325),
+    ),
+    (True, False, "several"): Costs(
+        (0, 46.9, 5.07, 17e6, 57.1, 342),
+        (6.02, 111, 491, 128e6),
+        (0, 59.6, 14.1, 22e6, 35.1),
+    ),
+    (True, False, "one"): Costs(
+        (0, 151, 5.94, 10.7e6, 59.2, 0),
+        (9.14, 36.1, 220, 50.3e6),
+        (0, 694, 12.5, 26.1e6, 81.4),
+    ),
+    (False, True, "several"): Costs(
+        (0, 504, 39.9, 0, 0, 219),
+        (25.6, 674, 661, 1360e6),
+        (0, 243, 14.8, 327e6, 743),
+    ),
+    (False, False, "several"): Costs(
+        (0, 335, 3.33, 0, 0, 50.8),
+        (6.76, 219, 200, 354e6),
+        (0, 61.9, 6.85, 0, 0),
+    ),
+    (False, False, "one"): Costs(
+        (0, 237, 5.6, 0, 681, 0),
+        (11.5, 63.8, 0, 69e6),
+        (0, 1180, 5.66, 0, 3470),
+    ),
+}
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
@@ -120,16 +153,17 @@ CUDA_COSTS = {
 
 
 def choose(case: Case) -> str:
-    """Name the method with the least cost, from shapes, type, kind of device and whether the process keeps freed memory
-    and has our C++, alone: all DDP ranks take the same.
+    """Name the method with the least cost, from shapes, type, kind of device, whether the CPU is Intel's, and whether
+    the process keeps freed memory and has our C++, alone: all DDP ranks on equal machines take the same.
     """
     if in_strict_export():  # a comparison would close what is left open of the batch
         return "matmul" if case.is_product() else "grouped"
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
-    first = first if first in within else "chunked"
-    kind, costs = kind_of(case), CPU_COSTS if case.device == "cpu" else CUDA_COSTS
+    if first not in within and not in_export():  # others run exports without us, and our chunks
+        first = "chunked"
+    kind, costs = kind_of(case), costs_of(case)
     if not is_open(case) or kind not in costs:
         return first
     if case.channels_last and case.input[0] > 1 and not case.is_product() and "cpp" in within:
@@ -138,11 +172,19 @@ def choose(case: Case) -> str:
 
 
 def is_open(case: Case) -> bool:
-    """Tell whether costs decide: not of depthwise kernels, which are mixed with K times fewer multiply-adds, nor of one
-    image's single position with fewer input than output channels, where K kernels would give many sums of few numbers.
+    """Tell whether costs decide: not of depthwise kernels, which are mixed with K times fewer multiply-adds, nor, on
+    CPUs but Intel's, of one image's single position with fewer input than output channels, where K kernels would give
+    many sums of few numbers.
     """
-    single = case.input[0] == 1 and case.positions() == 1
+    single = case.input[0] == 1 and case.positions() == 1 and not case.intel
     return not case.is_depthwise() and not (single and case.weight[1] > case.weight[2])
+
+
+def costs_of(case: Case) -> dict[Kind, Costs]:
+    """Give the costs of all kinds where a case is computed."""
+    if case.device != "cpu":
+        return CUDA_COSTS
+    return INTEL_COSTS if case.intel else CPU_COSTS
 
 
 def kind_of(case: Case) -> Kind:
@@ -180,8 +222,12 @@ def multiplies_one(case: Case) -> bool:
 
 
 def methods_within(case: Case) -> list[str]:
-    """Name the methods that hold no more than is allowed; chunks can always be small enough."""
+    """Name the methods that serve and hold no more than is allowed; chunks can always be small enough."""
     found = [name for name, numbers in case.held().items() if case.bytes_of(numbers) <= case.allowed()]
-    if "cpp" in found and (in_export() or not case.is_mixed_in_cpp()):  # others run exports without us
-        found.remove("cpp")
-    return [*found, "chunked", *(["triton"] if case.device == "cuda" and has_triton() else [])]
+    return [*[name for name in found if _serves(name, case)], "chunked"]
+
+
+def _serves(name: str, case: Case) -> bool:
+    if name == "cpp":
+        return not in_export() and case.is_mixed_in_cpp()
+    return name != "triton" or (case.device == "cuda" and has_triton() and not in_export())

@@ -17,6 +17,7 @@ from dyn_lightning.per_sample.convolution import convolve, is_convolved_singly
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, is_channels_last
 from dyn_lightning.per_sample.operation import operation
+from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.per_sample.tracing import in_export, is_one
 
 # Where the output has no more positions than this, the mixture multiplies unfolded inputs with the K kernels; a
@@ -98,17 +99,17 @@ def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> b
 
 
 def side_by_side(patches: Tensor) -> Tensor:
-    """Give ``(b, i, p)``, if the columns are few so that the numbers of each lie side by side: on a CPU products then
-    take a half to a quarter of the time.
+    """Give ``(b, i, p)``, if the columns are few so that the numbers of each lie side by side: on a CPU that is not
+    Intel's, products then take a half to a quarter of the time.
     """
     count = patches.shape[2]  # may be open in an export, and is a tensor to a tracer
-    few = patches.is_cpu and not in_export() and type(count) is int and are_few(count)
+    few = patches.is_cpu and not in_export() and type(count) is int and are_few(count, is_intel())
     return patches.mT.contiguous().mT if few else patches
 
 
-def are_few(columns: int) -> bool:
+def are_few(columns: int, intel: bool) -> bool:
     """Tell whether a product with so many columns is to have them ``side_by_side``."""
-    return 1 < columns <= FEW_POSITIONS
+    return not intel and 1 < columns <= FEW_POSITIONS
 
 
 def unfolded(input: Tensor, kernel_size: torch.Size, geometry: Geometry) -> Tensor:

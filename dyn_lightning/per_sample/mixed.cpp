@@ -26,7 +26,7 @@ constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / B
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
-      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts, threads;
+      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts, threads, intel;
 };
 
 struct Range {
@@ -466,7 +466,10 @@ template <typename Number> class Mixed {
   // Add to pixels of a sample's planes what a block of kernels of one weight gives.
   void add_up_planes(Map from, Range pixels, const Number *kernel, int64_t deep, int64_t width, Number *to,
                      bool begins) const {
-    const int64_t vectors = std::max<int64_t>(1, std::min<int64_t>(VECTORS, NEAR_VECTORS / deep));
+    // As many vectors as leave room in the nearest cache, where a product takes longer than its numbers' way from the
+    // next one; Intel's processors make two at once, and wait for each sum if there are few.
+    const int64_t near = std::max<int64_t>(1, std::min<int64_t>(VECTORS, NEAR_VECTORS / deep));
+    const int64_t vectors = z.intel ? VECTORS : near;
     from.begin += pixels.first, to += pixels.first;
     for (const Range &run : parts_of(pixels.length(), vectors * LANES, LANES)) {
       const int64_t most = sums_of<Number>(run.length()), tiles = (width + most - 1) / most;

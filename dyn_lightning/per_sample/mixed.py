@@ -17,6 +17,7 @@ from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output, format_of
 from dyn_lightning.per_sample.methods import mixing_operation, multiplies
 from dyn_lightning.per_sample.native import call, is_compiled
+from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
@@ -106,7 +107,7 @@ def _block(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bo
 
 
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:
-    return _sizes(input.shape, weight.shape, geometry, _is_planes(input), parts, torch.get_num_threads())
+    return _sizes(input.shape, weight.shape, geometry, _is_planes(input), parts, torch.get_num_threads(), is_intel())
 
 
 def _is_planes(input: Tensor) -> bool:
@@ -114,7 +115,9 @@ def _is_planes(input: Tensor) -> bool:
 
 
 @remembered
-def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int) -> Any:
+def _sizes(
+    input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int, intel: bool
+) -> Any:
     """Give the ``Sizes`` of the library."""
     out_block, in_block = _block(input, weight, geometry, planes, threads)
     samples, in_channels, *pixels = input
@@ -124,7 +127,7 @@ def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bo
     if multiplies(weight, geometry):
         outputs = pixels = [1, math.prod(pixels)]  # a long row is divided better than several short ones
     sizes = [samples, kernels, in_channels, *pixels, out_channels, *outputs, *kernel]
-    sizes += [*stride, *padding, *dilation, planes, in_block, out_block, parts, threads]
+    sizes += [*stride, *padding, *dilation, planes, in_block, out_block, parts, threads, intel]
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 

@@ -1,5 +1,6 @@
 """Our C++, compiled where it is first used."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -58,7 +59,9 @@ def library() -> ctypes.CDLL | None:
             except OSError:  # it is damaged, or of a machine with newer libraries that shares the folder
                 path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(command, compiler, path)
+        with _locked(folder):
+            if not path.exists():
+                _compile(command, compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         text = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
@@ -99,12 +102,29 @@ def is_compiled() -> bool:
     return library() is not None
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process compile while others wait: many compilers at once might run out of time or memory, and ranks
+    without our C++ would take other methods than those that have it.
+    """
+    import fcntl  # exists on POSIX alone
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
 def _compile(command: list[str], linker: list[str], path: Path) -> None:
     """Compile into a file that is there when it is complete and was loaded once.
 
-    Other processes may do the same at the same time: the first one's stays, since others may run it already.
+    Where there are no locks other processes may do the same: the first one's stays, since others may run it already.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    # A network's file system keeps what is loaded in the folder until it is not anymore.
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         parts, whole = [f"{folder}/{source.stem}.o" for source in SOURCES], f"{folder}/whole.so"
         run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120)
         jobs = [[*command, "-c", str(source), "-o", part] for source, part in zip(SOURCES, parts, strict=True)]

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dyn_lightning.per_sample.case import TILE
 from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_output
 from dyn_lightning.per_sample.methods import mixing_operation
 
-CHANNELS, POSITIONS = 32, 64  # of a tile
+POSITIONS = 64  # of a tile, beside its channels
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
     output = empty_output(input, weight.shape[1], weight, geometry)
     sizes, options = _sizes(input, weight, geometry), _options(input, weight)
     # A GPU's first axis alone has room for more than 65,535, as the tiles of large maps are.
-    grid = (triton.cdiv(output[0, 0].numel(), POSITIONS), len(input), geometry.groups * triton.cdiv(sizes[2], CHANNELS))
+    grid = (triton.cdiv(output[0, 0].numel(), POSITIONS), len(input), geometry.groups * triton.cdiv(sizes[2], TILE))
     with torch.cuda.device_of(input):
         _forward_kernel[grid](input, routing, _elements_first(weight), output, *sizes, **options)
     return output
@@ -158,11 +159,11 @@ def _backward(
     gradients = []
     if needed[0]:
         input_grad = torch.empty_like(input)
-        grid = (triton.cdiv(input[0, 0].numel(), POSITIONS), len(input), groups * triton.cdiv(ins, CHANNELS))
+        grid = (triton.cdiv(input[0, 0].numel(), POSITIONS), len(input), groups * triton.cdiv(ins, TILE))
         _input_grad_kernel[grid](grad, routing, kernels, input_grad, *sizes, **options)
         gradients.append(input_grad)
     if needed[1] or needed[2]:
-        grid = (kernels.shape[1], groups * triton.cdiv(outs, CHANNELS), triton.cdiv(ins, CHANNELS))
+        grid = (kernels.shape[1], groups * triton.cdiv(outs, TILE), triton.cdiv(ins, TILE))
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight_grad = torch.empty_like(kernels, dtype=wide)
         parts = torch.empty(grid[0] * grid[1] * grid[2], *routing.shape, dtype=wide, device=input.device)
@@ -188,7 +189,7 @@ def _sizes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]
 def _options(input: Tensor, weight: Tensor) -> dict[str, Any]:
     return {
         "k_count": len(weight),
-        "tile": CHANNELS,
+        "tile": TILE,
         "tile_p": POSITIONS,
         "wide": tl.float64 if input.dtype == torch.float64 else tl.float32,
         "precision": "tf32" if _allows_tf32() else "ieee",

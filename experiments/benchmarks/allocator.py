@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.benchmarks.timing import in_turn, versions
+from experiments.benchmarks.timing import in_turn, medians, versions
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
 ROUNDS = 3
@@ -45,7 +45,7 @@ def main() -> None:
                 peaks[name].append(record["peak_memory_bytes"]["host"] / 2**20)
                 return [1e3 * record["seconds"]]
 
-        times = in_turn(measure, [*ENVIRONMENTS], ROUNDS)
+        times = medians(in_turn(measure, [*ENVIRONMENTS], ROUNDS))
         results[job] = {
             name: {"ms": times[name], "peak_mib": round(statistics.median(peaks[name]), 1)} for name in ENVIRONMENTS
         }

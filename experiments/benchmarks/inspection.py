@@ -14,7 +14,7 @@ from dyn_lightning.ablation.inspection import ALL_MODES, Inspection, WholeBatche
 from dyn_lightning.classifier import ImageClassifier
 from dyn_lightning.data import Synthetic
 from dyn_lightning.routing import replaced
-from experiments.benchmarks.timing import in_turn, versions
+from experiments.benchmarks.timing import in_turn, medians, versions
 
 ROUNDS = 5
 
@@ -37,7 +37,7 @@ def main() -> None:
         return [1e3 * (time.perf_counter() - start)]
 
     measure("five modes")  # warm up
-    times = in_turn(measure, ["plain", "five modes"], ROUNDS)
+    times = medians(in_turn(measure, ["plain", "five modes"], ROUNDS))
     for name, took in times.items():
         print(f"{name:10}  {took / 1e3:6.2f} s")
     print(f"five modes / plain: {times['five modes'] / times['plain']:.2f}")

@@ -27,10 +27,9 @@ def in_turn(
     names: Sequence[str],
     rounds: int,
     patience: float = math.inf,
-    sure: int = 2,
     baseline: str = "static",
-) -> dict[str, float]:
-    """Measure several things in turn, in an order drawn for each round, and give each one's median milliseconds.
+) -> dict[str, list[float]]:
+    """Measure several things in turn, in an order drawn for each round, and give all of each one's measurements.
 
     In a fixed order each would always find the cache as the same other one left it; there and back, the first and the
     last would find it as they left it themselves. Drawn from a seed, the orders would be the same in every pass.
@@ -39,16 +38,20 @@ def in_turn(
         measure: gives one or more measurements of a name.
         names: of what is measured.
         rounds: how many times each is measured.
-        patience: what takes this many times as long as the fastest, each at its best, is not measured again.
-        sure: rounds that each is measured in any case.
+        patience: what takes this many times as long as the fastest, each at its best, is measured in two rounds alone.
         baseline: does not count as the fastest.
     """
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         fastest = min((min(taken) for name, taken in times.items() if taken and name != baseline), default=math.inf)
         for name in random.SystemRandom().sample(names, len(names)):
-            if turn < sure or min(times[name]) <= patience * fastest:
+            if turn < 2 or min(times[name]) <= patience * fastest:
                 times[name] += measure(name)
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Give each one's median milliseconds."""
     return {name: round(statistics.median(taken), 4) for name, taken in times.items()}
 
 
@@ -73,7 +76,9 @@ def interleaved(
         function()
         if least_ms:
             calls[name] = max(1, min(100, math.ceil(least_ms / max(milliseconds(function, 1, device), 1e-3))))
-    return in_turn(lambda name: [milliseconds(functions[name], calls[name], device)], [*functions], rounds, patience)
+    return medians(
+        in_turn(lambda name: [milliseconds(functions[name], calls[name], device)], [*functions], rounds, patience)
+    )
 
 
 def milliseconds(function: Callable[[], Any], calls: int, device: torch.device) -> float:

@@ -12,7 +12,9 @@ from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import by_name, depthwise
+from dyn_lightning.per_sample import by_name, choice, depthwise
+from dyn_lightning.per_sample.case import Case
+from dyn_lightning.per_sample.choice import methods_within
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
 from dyn_lightning.per_sample.geometry import Geometry
 from tests.command_line import ROOT
@@ -173,6 +175,37 @@ def test_an_exported_network_of_one_image_has_no_operation_of_ours() -> None:
         exported = torch.export.export(layer, image, strict=False)
         assert "dyn_lightning" not in str(exported.graph)
         assert_close(exported.module()(*image), layer(*image))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("channels", "size"), [(24, (9, 8)), (512, (7, 7))])
+def test_nor_has_one_that_may_hold_little(channels: int, size: tuple[int, int], strict: bool) -> None:
+    layer = DynamicConv2d(channels, 32, 3, padding=1, max_mixed_bytes=1).eval()
+    x = torch.randn(4, channels, *size)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), strict=strict)
+        assert "dyn_lightning" not in str(exported.graph)
+        assert_close(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_triton_s_kernels_hold_something_too(
+    dtype: torch.dtype, training: bool, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
+    input, weight, geometry = (8, 64, 14, 14), (4, 96, 64, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)
+    pixels, outputs, weights, wide = 8 * 64 * 14**2, 8 * 96 * 14**2, 4 * 96 * 64 * 9, 4 // dtype.itemsize
+    parts = 9 * (3 * 2) * 8 * 4  # for each tap and tile of 32 x 32 channels the routing weights' gradients
+    needed = weights + pixels * last
+    if training:
+        needed += wide * (2 * weights + parts) + outputs * last
+    for less, serves in ((0, True), (2, False)):
+        limit = (needed - less) * dtype.itemsize
+        case = Case(input, weight, geometry, dtype, "cuda", last, True, training, limit, False)
+        assert ("triton" in methods_within(case)) == serves
+    assert "triton" not in methods_within(case._replace(device="cpu", max_mixed_bytes=1 << 30))
 
 
 class TestMemory:

@@ -567,8 +567,13 @@ class TestCompiling:
         assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
     @pytest.mark.slow  # compiles the library
-    def test_by_several_processes_at_once(self, tmp_path: Path) -> None:
-        self._compile_in_another_process(2)
+    def test_by_several_processes_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+        compiler.write_text(f'#!/bin/sh\necho >> "{calls}"\nexec g++ "$@"\n')
+        compiler.chmod(0o700)
+        monkeypatch.setenv("CXX", str(compiler))
+        self._compile_in_another_process(3)
+        assert len(calls.read_text().splitlines()) == len(native.SOURCES) + 1  # and the linker's
         (one,) = (tmp_path / "dyn_lightning").iterdir()
         written = one.stat().st_mtime_ns
         assert native.is_compiled()

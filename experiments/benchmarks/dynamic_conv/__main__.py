@@ -8,10 +8,10 @@ Question: what do dynamic convolutions cost beside static ones, by each method, 
 Side by side in one run, interleaved, medians. ``layers``: each layer shape of MobileNetV2, ResNet-18, ResNet-50 and
 EfficientNet-B0 at 224 and 32 px (forward and backward pass of a batch of 32, forward pass of 32 and of 1; no router, no
 optimizer). ``networks``: these networks whole (training step with SGD of a batch of 32, forward pass of 32 and of 1).
-Both with the peak memory. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and what explains
-it. ``modes``: single layers in channels_last, in bfloat16 and compiled. ``layers`` takes a quarter of an hour on two
-cores, ``growth`` and ``modes`` a few minutes, ``networks`` the longest. Prints tables, draws a plot of each of the
-first three parts into ``--out``, and ends with one line of JSON.
+Both with the peak memory of tensors. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and
+what explains it. ``modes``: single layers in channels_last, in bfloat16 and compiled. ``layers`` takes a quarter of an
+hour on two cores, ``growth`` and ``modes`` a few minutes, ``networks`` the longest. Prints tables, draws a plot of each
+of the first three parts into ``--out``, and ends with one line of JSON.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from dyn_lightning.allocator import is_freed_memory_kept
+from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
 from experiments.benchmarks.dynamic_conv.layers import JOBS as LAYER_JOBS
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = git_state() or {"commit": "", "diff": ""}
     code = {"commit": state["commit"], "changed": bool(state["diff"])}
     measured = {"benchmark": "dynamic_conv", **settings, **versions(options.device), **code}
-    measured |= {"keeps_freed_memory": is_freed_memory_kept(), "results": {}}
+    measured |= {"keeps_freed_memory": is_freed_memory_kept(), "intel": is_intel(), "results": {}}
     for part in options.parts or PARTS:
         measured["results"][part] = PARTS[part](options)
         if options.out:

@@ -2,8 +2,8 @@
 ``python -m experiments.benchmarks.dynamic_conv.fit_costs FILE.json [...]``.
 
 The files are what ``python -m experiments.benchmarks.dynamic_conv layers --out FOLDER`` wrote (also with ``--kernels``
-other than 4), all with freed memory kept or none. For each kind of layer and of job, each way to compute is a line in
-what there is to do (``Costs``).
+other than 4), all with freed memory kept or none. For Intel's processors and others, and for each kind of layer and of
+job, each way to compute is a line in what there is to do (``Costs``).
 Prints the numbers for ``choice.py``, the cases where a choice by them is more than 10 % slower than the best method,
 and how good the choices of today's ``choice.py`` are: in each file, and in those of the same cases together, since a
 single time of tens of microseconds may be off by a tenth.
@@ -61,8 +61,10 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
         before = (2, 2) if (size, stride, pixels) == (3, 2, 2) else plan.weight[3:]
         if tuple(result.get("kernel", before)) != plan.weight[3:]:
             continue  # it was computed otherwise than today
-        kept = measured.get("keeps_freed_memory", False)  # older files have it not
-        found.append((case_of(plan, layout, torch.float32, "cpu", training, keeps_memory=kept), result))
+        # Older files have neither.
+        kept, intel = (measured.get(name, False) for name in ("keeps_freed_memory", "intel"))
+        case = case_of(plan, layout, torch.float32, "cpu", training, keeps_memory=kept)
+        found.append((case._replace(intel=intel), result))
     return found
 
 
@@ -120,11 +122,12 @@ def main(paths: list[str]) -> None:
     """Print the fitted numbers, the choices by them that would not be best, and how good those of ``choice.py`` are."""
     measured = {path: cases(path) for path in paths}
     results = [result for rows in measured.values() for result in decided_by_costs(rows)]
-    for kind in sorted({kind_of(case) for case, *_ in results}, reverse=True):
-        these = [row for row in results if kind_of(row[0]) == kind]
+    for intel, kind in sorted({(case.intel, kind_of(case)) for case, *_ in results}, reverse=True):
+        these = [row for row in results if (row[0].intel, kind_of(row[0])) == (intel, kind)]
         costs = fit(these)
         rounded = ", ".join(f"({', '.join(f'{number:.3g}' for number in numbers)})" for numbers in costs)
-        print(f"{kind}: Costs({rounded}),  # {len(these)} cases, but for")
+        processor = "Intel's" if intel else "others"
+        print(f"{processor}, {kind}: Costs({rounded}),  # {len(these)} cases, but for")
         for case, first, times in these:
             chosen = costs.best(case, first, [name for name in methods_within(case) if name in times])
             best = min(times[name] for name in times if name not in ("static", "timm"))

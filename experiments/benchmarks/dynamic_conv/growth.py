@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import evaluating, methods, parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.reduction import plan_of
-from experiments.benchmarks.dynamic_conv.networks import NETWORKS, converted, head, in_processes
+from experiments.benchmarks.dynamic_conv.networks import NETWORKS, converted, head, in_processes, spread
+from experiments.benchmarks.timing import medians
 
 NETWORK, KERNELS, BATCHES, SIZE = "ResNet-18", (1, 2, 4, 8, 16), (8, 32, 128, 256), 32
 
@@ -26,12 +27,13 @@ def growth(options: Any) -> list[dict[str, Any]]:
     print(f"\n{NETWORK}, {SIZE} px, training step: milliseconds of the static network, then relative to it by K")
     print(f"{'batch':8}" + head([*columns]))
     for batch in BATCHES:
-        times, _ = in_processes(columns, NETWORK, SIZE, batch, True, options, patience=math.inf)
+        steps, _ = in_processes(columns, NETWORK, SIZE, batch, True, options, patience=math.inf)
+        times = medians(steps)
         ratios = "".join(f"{times[name] / times['static']:9.2f}" for name in [*columns][1:])
         print(f"{batch:<8}{times['static']:9.1f}{ratios}", flush=True)
         models = {name: converted(NETWORKS[NETWORK], *column).to(options.device) for name, column in columns.items()}
         work = {name: work_of(model, batch, options.device) for name, model in models.items()}
-        results.append({"batch": batch, "milliseconds": times, "work": work})
+        results.append({"batch": batch, "milliseconds": times, "spread": spread(steps), "work": work})
     print(explained(results))
     return results
 

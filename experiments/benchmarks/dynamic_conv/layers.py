@@ -111,8 +111,12 @@ def layers(options: Any) -> list[dict[str, Any]]:
         if job not in options.jobs:
             continue
         batch = batch or options.batch
-        print(f"\n{job}, batch {batch}: milliseconds of the static convolution, then times relative to it")
-        print(f"{'in, out, kernel, stride, padding, groups, map':48}{'static':>9}" + head(columns) + "  auto")
+        print(
+            f"\n{job}, batch {batch}: milliseconds of the static convolution, times relative to it, and the peak MiB "
+            "of the static one, auto and timm's"
+        )
+        heads = head(["static", *columns, "static", "auto", "timm"])
+        print(f"{'in, out, kernel, stride, padding, groups, map':48}{heads}  auto")
         passes: dict[Shape, list[dict[str, float]]] = {
             shape: [] for shape in shapes() if not options.shapes or shape in options.shapes
         }
@@ -127,7 +131,8 @@ def layers(options: Any) -> list[dict[str, Any]]:
                 ratios = "".join(
                     f"{times[name] / times['static']:9.2f}" if name in times else f"{'':9}" for name in columns
                 )
-                print(f"{shape!s:48}{times['static']:9.2f}{ratios}  {chosen}", flush=True)
+                held = "".join(f"{peaks[name]:9.1f}" for name in ("static", chosen, "timm"))
+                print(f"{shape!s:48}{times['static']:9.2f}{ratios}{held}  {chosen}", flush=True)
                 about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": shapes()[shape]}
                 about["rounds"] = _rounds(batch, options)
                 about["kernel"] = _seen(shape, batch, training, options)

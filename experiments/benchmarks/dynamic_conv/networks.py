@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
 import timm
 import timm.layers
 import torch
@@ -29,7 +30,7 @@ from dyn_lightning.per_sample.geometry import Geometry
 from dyn_lightning.per_sample.mixed import why_not
 from dyn_lightning.per_sample.native import is_compiled
 from dyn_lightning.routing import SoftmaxAttention
-from experiments.benchmarks.timing import give_back_memory, in_turn, milliseconds
+from experiments.benchmarks.timing import give_back_memory, in_turn, medians, milliseconds
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MobileNetV2 x0.5": partial(torchvision.models.mobilenet_v2, width_mult=0.5),
@@ -39,7 +40,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet-B0": partial(timm.create_model, "efficientnet_b0"),
 }
 JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
-TURN = 500  # milliseconds that a process takes steps for in its turn, after two that are not counted
+# What a process takes in its turn, after two steps that are not counted: at least so many steps and milliseconds.
+LEAST_STEPS, TURN = 3, 500
 
 
 def prepare(options: Any) -> None:
@@ -165,7 +167,7 @@ def _times(name: str) -> list[float]:
     for _ in range(2):  # fetch the memory that it gave back, most of it in the first
         step()
     times: list[float] = []
-    while sum(times) < TURN:
+    while len(times) < LEAST_STEPS or sum(times) < TURN:
         times.append(milliseconds(step, 1, device))
     give_back_memory(device)
     return times
@@ -186,11 +188,8 @@ def in_processes(
     training: bool,
     options: Any,
     patience: float = 4,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Give the median milliseconds and the MiB of each (method, K).
-
-    What takes ``patience`` times as long as the fastest takes steps in one turn alone.
-    """
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Give the milliseconds of all steps and the MiB of each (method, K); ``patience`` as in ``in_turn``."""
 
     def network_of(name: str) -> str:
         return "auto" if batch == 1 and name not in ("static", "timm") else name
@@ -205,8 +204,14 @@ def in_processes(
             for which in {(network_of(name), kernels) for name, kernels in columns.values()}
         }
         stepping = {column: (processes[network_of(name), kernels], name) for column, (name, kernels) in columns.items()}
-        times = in_turn(turn, [*columns], options.rounds, patience, sure=1)
+        times = in_turn(turn, [*columns], options.rounds, patience)
         return times, {column: process.peak(name) for column, (process, name) in stepping.items()}
+
+
+def spread(steps: dict[str, list[float]]) -> dict[str, tuple[int, float, float]]:
+    """Give the number of each one's steps, and their quartiles."""
+    quartiles = {name: np.quantile(times, (0.25, 0.75)).round(4).tolist() for name, times in steps.items()}
+    return {name: (len(steps[name]), lower, upper) for name, (lower, upper) in quartiles.items()}
 
 
 def networks(options: Any) -> list[dict[str, Any]]:
@@ -225,12 +230,13 @@ def networks(options: Any) -> list[dict[str, Any]]:
         for size in options.sizes:
             for network in options.networks:
                 models = {name: (name, options.kernels) for name in columns}
-                times, peaks = in_processes(models, network, size, batch, training, options)
+                steps, peaks = in_processes(models, network, size, batch, training, options)
+                times = medians(steps)
                 best = min(time for name, time in times.items() if name not in ("static", "timm"))
                 for unit, values in (("ms", times), ("MiB", peaks)):
                     ratios = "".join(f"{values[name] / values['static']:9.2f}" for name in columns[1:])
                     last = f"{times['auto'] / best:9.2f}" if unit == "ms" else ""
                     print(f"{f'{network}, {size} px':26}{unit:>5}{values['static']:9.1f}{ratios}{last}", flush=True)
                 about = {"job": job, "batch": batch, "network": network, "size": size}
-                results.append({**about, "milliseconds": times, "MiB": peaks})
+                results.append({**about, "milliseconds": times, "spread": spread(steps), "MiB": peaks})
     return results
