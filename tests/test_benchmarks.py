@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import CPU_COSTS, Costs, kind_of
+from dyn_lightning.per_sample.choice import CPU_COSTS, INTEL_COSTS, Costs, kind_of
 from dyn_lightning.per_sample.geometry import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
@@ -95,7 +96,7 @@ def test_lines_are_the_costs_that_made_the_times() -> None:
     results = []
     for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4), (96, 14, 16)):
         shapes = torch.Size((32, channels, pixels, pixels)), torch.Size((kernels, channels, channels, 3, 3))
-        case = Case(*shapes, geometry, torch.float32, "cpu", False, True, True, 2**28, True)
+        case = Case(*shapes, geometry, torch.float32, "cpu", False, True, True, 2**28, True, False)
         weights, kept = 32 * 9 * channels**2, pixels**2  # padded by one, the map keeps its size
         mixing = (5000 + 800 * (kept <= 4) + 300 * kernels + 40 * kept) * weights + 500 * 32 * channels * kept
         mixture = kernels * (30 * kept * weights + 2000 * 9 * channels**2 + 900 * 32 * channels * kept) + 5e8
@@ -118,11 +119,20 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
     return total
 
 
-def test_the_costs_are_those_of_the_runs_that_are_here() -> None:
-    files = [RESULTS / f"{name}.json" for name in ("layers", "layers_again", "layers_k16")]
+@pytest.mark.parametrize(
+    ("costs_by_kind", "names"),
+    [
+        (INTEL_COSTS, ["intel/layers", "intel/layers_k16"]),
+        (CPU_COSTS, ["other/layers", "other/layers_again", "other/layers_k16"]),
+    ],
+    ids=["intel", "other"],
+)
+def test_the_costs_are_those_of_the_runs_that_are_here(costs_by_kind: dict[Any, Costs], names: list[str]) -> None:
+    files = [RESULTS / f"{name}.json" for name in names]
     results = [result for file in files for result in decided_by_costs(fit_costs.cases(str(file)))]
+    assert {case.intel for case, *_ in results} == {costs_by_kind is INTEL_COSTS}
     by_fit = by_lines = 0.0
-    for kind, costs in CPU_COSTS.items():
+    for kind, costs in costs_by_kind.items():
         these = [result for result in results if kind_of(result[0]) == kind]
         fitted = fit(these)
         for found, kept in zip(fitted, costs, strict=True):
@@ -238,28 +248,31 @@ def test_of_several_passes_the_medians_are_given(
 
 
 def test_runs_of_the_same_cases_are_also_taken_together() -> None:
-    case, _ = fit_costs.cases(str(RESULTS / "layers.json"))[0]
+    case, _ = fit_costs.cases(str(RESULTS / "intel/layers.json"))[0]
     runs = [(case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": time}}) for time in (2.0, 8.0)]
     assert fit_costs.mean(tuple(runs)) == (case, {"job": "forward", "milliseconds": {"static": 1.0, "timm": 4.0}})
 
 
+@pytest.mark.parametrize("processor", ["intel", "other"])
 @pytest.mark.parametrize(
-    ("names", "what"),
+    ("names", "what", "rows"),
     [
-        (["networks_224_forward", "networks_224", "networks_32", "networks_one"], "{network}, {size} px | {job}"),
+        (["networks_224_forward", "networks_224", "networks_32", "networks_one"], "{network}, {size} px | {job}", 30),
         (
             [f"by_glibc/networks_{which}" for which in ("x05_224", "resnet18_224", "32")],
             "{network}, {size} px, by glibc",
+            4,
         ),
     ],
     ids=["kept", "by_glibc"],
 )
-def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str) -> None:
+def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str, rows: int, processor: str) -> None:
     log = (ROOT / "experiments/LOG.md").read_text()
     found = {}
     for name in names:
-        for result in json.loads((RESULTS / f"{name}.json").read_text())["results"]["networks"]:
+        for result in json.loads((RESULTS / processor / f"{name}.json").read_text())["results"]["networks"]:
             found[what.format(**result)] = result["milliseconds"]
+    assert len(found) == rows
     for row, times in found.items():
         static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
         shown = ("grouped", "matmul", "mixture", "chunked", "cpp", "timm", "auto")
@@ -268,18 +281,24 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
         assert f"| {row} | {static:.1f} ms | {ratios} |" in log
 
 
-def test_the_table_of_single_layers_is_of_the_kept_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"K = 4": "layers", "K = 4, an hour before": "layers_again", "K = 16": "layers_k16"}
-    files = {run: str(RESULTS / f"{name}.json") for run, name in names.items()}
+@pytest.mark.parametrize(
+    ("processor", "again"), [("intel", "Intel's, K = 4, not fitted to"), ("other", "K = 4, an hour before")]
+)
+def test_the_table_of_single_layers_is_of_the_kept_runs(
+    processor: str, again: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = "Intel's, " if processor == "intel" else ""
+    names = {f"{prefix}K = 4": "layers", again: "layers_again", f"{prefix}K = 16": "layers_k16"}
+    files = {run: str(RESULTS / processor / f"{name}.json") for run, name in names.items()}
     fit_costs.main([*files.values()])
-    files["K = 4, both together"] = "K = 4, 2 runs together"
+    files[f"{prefix}K = 4, both together"] = "K = 4, 2 runs together"
     said = capsys.readouterr().out.splitlines()
     log = (ROOT / "experiments/LOG.md").read_text()
     for run, path in files.items():
         for job in layers.JOBS:
             start = f"{path}, {job}, "
             (line,) = (one for one in said if one.startswith(start))
-            found = re.search(r"on (.*)% of .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)
+            found = re.search(r"on (.*)% of 202 .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)
             assert found is not None
             near, most, faster, slower = found.groups()
             batch = "" if job == "forward of one" else ", batch 32"

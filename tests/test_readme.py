@@ -108,7 +108,7 @@ def test_the_layer_table(name: str) -> None:
 def test_the_speed_table_is_of_kept_runs() -> None:
     kept: dict[tuple[str, str], str] = {}
     for name in ("networks_224_forward", "networks_224", "networks_32", "networks_one"):
-        path = ROOT / f"experiments/benchmarks/results/{name}.json"
+        path = ROOT / f"experiments/benchmarks/results/intel/{name}.json"
         for result in json.loads(path.read_text())["results"]["networks"]:
             network = f"{result['network']}, {result['size']} px"
             for job, column in ((result["job"], "milliseconds"), (f"memory of a {result['job']}", "MiB")):

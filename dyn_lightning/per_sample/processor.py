@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @torch.compiler.assume_constant_result
 def is_intel() -> bool:
@@ -21,7 +23,7 @@ def _vendor() -> str:
     if sys.platform != "linux":
         return "GenuineIntel" if "Intel" in platform.processor() else ""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -23,6 +23,12 @@ from tests.tolerances import assert_close
 PADDED: dict[str, Any] = {"padding": 1}
 
 
+@pytest.fixture(autouse=True)
+def _not_intel_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose as on other processors, wherever the tests run."""
+    monkeypatch.setattr("dyn_lightning.per_sample.case.is_intel", lambda: False)
+
+
 @pytest.mark.parametrize(
     ("input", "weight", "geometry", "method"),
     [
@@ -203,9 +209,9 @@ def test_triton_s_kernels_hold_something_too(
         needed += wide * (2 * weights + parts) + outputs * last
     for less, serves in ((0, True), (2, False)):
         limit = (needed - less) * dtype.itemsize
-        case = Case(input, weight, geometry, dtype, "cuda", last, True, training, limit, False)
-        assert ("triton" in methods_within(case)) == serves
-    assert "triton" not in methods_within(case._replace(device="cpu", max_mixed_bytes=1 << 30))
+        given = Case(input, weight, geometry, dtype, "cuda", last, True, training, limit, False, False)
+        assert ("triton" in methods_within(given)) == serves
+    assert "triton" not in methods_within(given._replace(device="cpu", max_mixed_bytes=1 << 30))
 
 
 class TestMemory:

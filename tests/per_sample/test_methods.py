@@ -8,6 +8,7 @@ from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyn_lightning.functional import dynamic_conv2d
+from dyn_lightning.per_sample import methods
 from dyn_lightning.per_sample.geometry import Geometry, Pair, output_size
 from dyn_lightning.per_sample.methods import matmul, mix_kernels
 from tests.contract import GEOMETRIES
@@ -82,10 +83,20 @@ def test_one_image_in_channels_last_has_torchs_strides(method: str, groups: int,
 )
 @pytest.mark.parametrize("method", ["matmul", "mixture"])
 class TestOneImageAndFewColumns:
+    @pytest.mark.parametrize("intel", [True, False])
     @pytest.mark.parametrize("batch", [1, 3])
     def test_equal_the_loop(
-        self, batch: int, kernel: int, size: Pair, geometry: dict[str, int], layout: Any, method: str
+        self,
+        batch: int,
+        intel: bool,
+        kernel: int,
+        size: Pair,
+        geometry: dict[str, int],
+        layout: Any,
+        method: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(methods, "is_intel", lambda: intel)  # whether columns are laid out side by side
         input, *others = draw(batch, size, (kernel, kernel))
         input = input.detach().contiguous(memory_format=layout).requires_grad_()
         assert_equals_the_loop((input, *others), method, **geometry)

@@ -128,9 +128,12 @@ def test_blocks_of_whole_pixels(channels: Pair, stride: int, padding: int, dtype
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])  # with more than samples and blocks, planes are divided
 @pytest.mark.parametrize("size", [(8, 8), (4, 36), (28, 28)])
 @pytest.mark.parametrize("channels", [(240, 40), (40, 240), (21, 37), (16, 300)])
-def test_planes_of_whole_vectors(channels: Pair, size: Pair, threads: int, dtype: torch.dtype) -> None:
+def test_planes_of_whole_vectors(
+    channels: Pair, size: Pair, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with threads_of(threads):
-        for batch in (1, 5):
+        for batch, intel in ((1, True), (5, True), (5, False)):  # of four vectors, or of fewer if they are deep
+            monkeypatch.setattr(mixed, "is_intel", lambda intel=intel: intel)
             tensors = draw(batch, channels, size, (1, 1), dtype=dtype, layout=torch.contiguous_format)
             assert_equals_the_loop(tensors)
             assert_equals_the_loop(tensors, padding=(1, 0))  # the input's gradient is a whole plane, the output not
@@ -373,7 +376,9 @@ class TestAuto:
     """Of 256 channels on 14x14, which it computes fastest in any layout."""
 
     @pytest.fixture
-    def case(self) -> Iterator[Callable[..., str]]:
+    def case(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+        monkeypatch.setattr("dyn_lightning.per_sample.case.is_intel", lambda: False)
+
         def choose(**options: Any) -> str:
             x = torch.empty(32, 256, 14, 14).contiguous(memory_format=torch.channels_last)
             return choose_method(x, torch.empty(4, 256, 256, 3, 3), padding=1, **options)

@@ -1,0 +1,36 @@
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+from dyn_lightning.per_sample import processor
+
+INTEL, AMD = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
+
+
+@pytest.mark.parametrize(
+    ("system", "lines", "name", "intel"),
+    [
+        ("linux", ["processor\t: 0", INTEL, "processor\t: 1", INTEL], "", True),
+        ("linux", ["processor\t: 0", AMD], "Intel", False),
+        ("linux", ["CPU implementer\t: 0x41"], "", False),
+        ("linux", None, "", False),  # it does not say
+        ("win32", None, "Intel64 Family 6 Model 158 Stepping 9, GenuineIntel", True),
+        ("win32", None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", False),
+        ("darwin", None, "arm", False),
+    ],
+)
+def test_whether_it_is_intel_s(
+    system: str, lines: list[str] | None, name: str, intel: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if lines is not None:
+        (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "processor", lambda: name)
+    processor._vendor.cache_clear()
+    try:
+        assert processor.is_intel() == intel
+    finally:
+        processor._vendor.cache_clear()
