@@ -78,7 +78,8 @@ def methods(
 
     Example:
         >>> from dyn_lightning.layers import CondConv2d
-        >>> methods(nn.Sequential(CondConv2d(16, 96, 1), CondConv2d(96, 96, 3, padding=1, groups=96)), (16, 32, 32))
+        >>> layers = CondConv2d(96, 96, 3, padding=1), CondConv2d(96, 96, 3, padding=1, groups=96)
+        >>> methods(nn.Sequential(*layers), (96, 14, 14))
         {'0': 'cpp', '1': 'grouped'}
     """
     running: list[str] = []

@@ -64,7 +64,8 @@ def dynamic_conv2d(
         max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
             unfolded input, for maps or the K kernels in another layout or for the outputs of K kernels, with their
             gradients. Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it
-            down to one sample and 64 output channels (32 in products; or all, with groups). Not counted: what a
+            down to one sample and 64 output channels (32 in products; or all, with groups). An exported network, which
+            others run without us, has no chunks: there nothing may be small enough. Not counted: what a
             convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
             channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, depthwise
             of three padded maps of as many channels as fit into a vector, 16 in float32), the copy of a gradient that
@@ -148,8 +149,8 @@ def choose_method(
 ) -> str:
     """Name the method that ``method="auto"`` takes, from shapes, type and kind of device, the same on every DDP rank.
 
-    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, and on whether
-    there is a compiler for our C++: ranks on equal machines take the same.
+    On a CPU it depends on ``dyn_lightning.allocator.keep_freed_memory`` too, which the commands call, on whether the
+    processor is one of Intel's and on whether there is a compiler for our C++: ranks on equal machines take the same.
 
     Args:
         input: ``(B, C_in, H, W)``; a tensor on the device ``meta`` will do for a CUDA device's choice.

@@ -22,8 +22,11 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_a_process_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that a test calls in this process keep freed memory, on which the choice of a method depends."""
+    """Commands that a test calls in this process keep freed memory, on which the choice of a method depends, as on the
+    processor: wherever the tests run, it is none of Intel's.
+    """
     monkeypatch.setattr("dyn_lightning.allocator._kept", False)
+    monkeypatch.setattr("dyn_lightning.per_sample.processor._vendor", lambda: "")
 
 
 @pytest.fixture(scope="session")

@@ -132,19 +132,20 @@ class Case(NamedTuple):
         return {"grouped": grouped, "matmul": mixed + unfolded + again, **others}
 
     def held_by_triton(self) -> int:
-        """Numbers that Triton's kernels hold: maps copied to be contiguous, the K kernels in another order, and in
-        training their gradients in that order and in the weight's, in float32 where they have 16 bits, and each tile's
-        share of the routing weights' gradients. Half of what training takes, which twice as much is allowed for.
+        """Numbers that Triton's kernels hold: maps in another layout, the K kernels in another order, and in training
+        their gradients in that order, of 16 bits in float32, and in both orders, and each tile's share of the routing
+        weights' gradients. Half of what training takes, which twice as much is allowed for.
         """
-        copied = math.prod(self.input) if self.channels_last or not self.dense else 0
+        held = math.prod(self.weight) + (0 if self.dense and not self.channels_last else math.prod(self.input))
+        held += self.outputs() if self.channels_last else 0
         if not self.training:
-            return math.prod(self.weight) + copied
+            return held
         wide = max(1, torch.float32.itemsize // self.dtype.itemsize)
         groups, (kernels, out_channels, in_channels, *size) = self.geometry.groups, self.weight
         tiles = groups * -(-(out_channels // groups) // TILE) * -(-in_channels // TILE)
         parts = math.prod(size) * tiles * self.input[0] * kernels
-        whole = (1 + 2 * wide) * math.prod(self.weight) + wide * parts
-        return -(-(whole + copied + (self.outputs() if self.channels_last else 0)) // 2)
+        gradients = wide * (math.prod(self.weight) + parts) + (wide * math.prod(self.weight) if wide > 1 else 0)
+        return -(-(held + gradients) // 2)
 
 
 def case_of(
@@ -163,8 +164,11 @@ def case_of(
     if in_traced_export():
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
-    of_cpu = device == "cpu" and keeps_memory, device == "cpu" and is_intel()
-    return Case(images, kernels, plan.geometry, dtype, device, last, dense, training, max_mixed_bytes, *of_cpu)
+    rest = (dtype, device, last, dense, training, max_mixed_bytes)
+    on_cpu = device == "cpu"
+    return Case(
+        images, kernels, plan.geometry, *rest, keeps_memory=on_cpu and keeps_memory, intel=on_cpu and is_intel()
+    )
 
 
 def _hints(shape: tuple[int, ...]) -> tuple[int, ...]:

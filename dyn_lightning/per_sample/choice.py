@@ -75,9 +75,9 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json`, `layers_again.json` and
-# `layers_k16.json` in `experiments/benchmarks/results`: two cores of an x86-64 processor that is not Intel's, float32
-# (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept.
-CPU_COSTS = {
+# `layers_k16.json` in `experiments/benchmarks/results/other`: two cores of an x86-64 processor that is not Intel's,
+# float32 (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept.
+OTHER_COSTS = {
     (True, True, "several"): Costs(
         (2160, 10.3, 28.8, 108e6, 244, 2100),
         (37.2, 592, 2960, 709e6),
@@ -109,7 +109,7 @@ CPU_COSTS = {
         (0, 1050, 11.9, 0, 1910),
     ),
 }
-# The same of two cores of Intel's (AVX-512, 48 KB of level 1 cache), from the files in its folder `intel`.
+# The same of two cores of a Xeon of Intel's with AVX-512, from `layers.json` and `layers_k16.json` in `results/intel`.
 INTEL_COSTS = {
     (True, True, "several"): Costs(
         (927, 16.2, 15.8, 125e6, 472, 213),
@@ -161,8 +161,8 @@ def choose(case: Case) -> str:
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
     within, first = methods_within(case), mixed_first(case)
-    if first not in within and not in_export():  # others run exports without us, and our chunks
-        first = "chunked"
+    if first not in within:  # what others run without us has no chunks of ours
+        first = next(iter(within), first) if in_export() else "chunked"
     kind, costs = kind_of(case), costs_of(case)
     if not is_open(case) or kind not in costs:
         return first
@@ -184,7 +184,7 @@ def costs_of(case: Case) -> dict[Kind, Costs]:
     """Give the costs of all kinds where a case is computed."""
     if case.device != "cpu":
         return CUDA_COSTS
-    return INTEL_COSTS if case.intel else CPU_COSTS
+    return INTEL_COSTS if case.intel else OTHER_COSTS
 
 
 def kind_of(case: Case) -> Kind:
@@ -222,9 +222,15 @@ def multiplies_one(case: Case) -> bool:
 
 
 def methods_within(case: Case) -> list[str]:
-    """Name the methods that serve and hold no more than is allowed; chunks can always be small enough."""
-    found = [name for name, numbers in case.held().items() if case.bytes_of(numbers) <= case.allowed()]
-    return [*[name for name in found if _serves(name, case)], "chunked"]
+    """Name the methods that serve and hold no more than is allowed; chunks, of which an export has none, can always be
+    small enough.
+    """
+    found = [
+        name
+        for name, numbers in case.held().items()
+        if _serves(name, case) and case.bytes_of(numbers) <= case.allowed()
+    ]
+    return found if in_export() else [*found, "chunked"]
 
 
 def _serves(name: str, case: Case) -> bool:

@@ -53,16 +53,14 @@ def library() -> ctypes.CDLL | None:
         version = hashlib.sha256("\n".join([*texts, *command, platform.machine(), capability]).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dyn_lightning"
         path = folder / f"per_sample-{version[:16]}.so"
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # it is damaged, or of a machine with newer libraries that shares the folder
-                path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if not path.exists():
-                _compile(command, compiler, path)
-        return ctypes.CDLL(str(path))
+        if (found := _load(path)) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                if (found := _load(path)) is None:  # nor has another process compiled it
+                    path.unlink(missing_ok=True)
+                    _compile(command, compiler, path)
+                    found = ctypes.CDLL(str(path))
+        return found
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         text = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
@@ -102,6 +100,14 @@ def is_compiled() -> bool:
     return library() is not None
 
 
+def _load(path: Path) -> ctypes.CDLL | None:
+    """Load a library, unless it is not there, damaged, or of a machine with newer libraries that shares the folder."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let one process compile while others wait: many compilers at once might run out of time or memory, and ranks
@@ -115,6 +121,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):  # said, since a process that was forked meanwhile has it open too
+            fcntl.flock(opened, fcntl.LOCK_UN)
         os.close(opened)
 
 

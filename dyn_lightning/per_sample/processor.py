@@ -1,5 +1,5 @@
-"""What has to be known of the processor: Intel's multiply two of the widest vectors at once, and oneMKL, which computes
-torch's products, is made for them.
+"""What has to be known of the processor: oneMKL, which computes torch's products, is made for Intel's, the larger of
+which multiply two of the widest vectors at once.
 """
 
 import functools
@@ -20,10 +20,10 @@ def is_intel() -> bool:
 
 @functools.cache
 def _vendor() -> str:
-    if sys.platform != "linux":
-        return "GenuineIntel" if "Intel" in platform.processor() else ""
+    if sys.platform != "linux":  # macOS says "i386", Windows the vendor's name
+        return "GenuineIntel" if any(name in platform.processor() for name in ("Intel", "i386")) else ""
     try:
-        lines = CPUINFO.read_text().splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -12,7 +12,7 @@ from dyn_lightning import allocator
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import by_name, choice, depthwise
+from dyn_lightning.per_sample import by_name, choice, depthwise, processor
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.choice import methods_within
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
@@ -21,12 +21,6 @@ from tests.command_line import ROOT
 from tests.tolerances import assert_close
 
 PADDED: dict[str, Any] = {"padding": 1}
-
-
-@pytest.fixture(autouse=True)
-def _not_intel_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose as on other processors, wherever the tests run."""
-    monkeypatch.setattr("dyn_lightning.per_sample.case.is_intel", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +103,26 @@ def test_it_matters_whether_freed_memory_is_kept(
     for keeps, method in ((False, by_glibc), (True, kept)):
         monkeypatch.setattr(allocator, "_kept", keeps)
         assert choose_method(*tensors, **geometry, training=input[0] > 1) == method
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "geometry", "method"),
+    [
+        ((32, 256, 56, 56), (4, 128, 256, 1, 1), {}, "matmul"),
+        ((32, 64, 14, 14), (4, 384, 64, 1, 1), {}, "matmul"),
+        ((1, 16, 56, 56), (4, 96, 16, 1, 1), {}, "matmul"),
+        ((1, 576, 2, 2), (4, 96, 576, 1, 1), {}, "matmul"),
+        ((1, 512, 1, 1), (4, 2048, 512, 1, 1), {}, "mixture"),  # short sums too
+        ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
+        ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "cpp"),
+        ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
+    ],
+)
+def test_on_intel_s_processors(
+    input: tuple, weight: tuple, geometry: dict[str, Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "_vendor", lambda: "GenuineIntel")
+    assert choose_method(torch.empty(input), torch.empty(weight), **geometry, training=input[0] > 1) == method
 
 
 def test_on_a_gpu_it_does_not_matter() -> None:
@@ -194,6 +208,14 @@ def test_nor_has_one_that_may_hold_little(channels: int, size: tuple[int, int], 
         assert_close(exported.module()(x), layer(x))
 
 
+def test_an_export_takes_what_it_may_hold_or_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "in_export", lambda: True)
+    x, weight = torch.empty(4, 512, 7, 7), torch.empty(2, 32, 512, 3, 3)
+    mixed, outputs = 4 * 4 * 32 * 512 * 9, 4 * 4 * 32 * 7 * 7
+    for limit, method in ((8 * mixed, "grouped"), (mixed - 1, "mixture"), (2 * outputs - 1, "grouped")):
+        assert choose_method(x, weight, padding=1, training=False, max_mixed_bytes=limit) == method
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("last", [True, False])
@@ -204,9 +226,9 @@ def test_triton_s_kernels_hold_something_too(
     input, weight, geometry = (8, 64, 14, 14), (4, 96, 64, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)
     pixels, outputs, weights, wide = 8 * 64 * 14**2, 8 * 96 * 14**2, 4 * 96 * 64 * 9, 4 // dtype.itemsize
     parts = 9 * (3 * 2) * 8 * 4  # for each tap and tile of 32 x 32 channels the routing weights' gradients
-    needed = weights + pixels * last
-    if training:
-        needed += wide * (2 * weights + parts) + outputs * last
+    needed = weights + (pixels + outputs) * last
+    if training:  # the gradients of the weights in another order, and of 16 bits in the weight's, in float32
+        needed += wide * (weights + parts) + (wide * weights if wide > 1 else 0)
     for less, serves in ((0, True), (2, False)):
         limit = (needed - less) * dtype.itemsize
         given = Case(input, weight, geometry, dtype, "cuda", last, True, training, limit, False, False)
@@ -315,9 +337,13 @@ class TestMemory:
         for copied in (x[:, :, :, ::2], last):
             assert choose_method(copied, weight, **PADDED, **limits) == "chunked"
 
-    def test_few_columns_that_are_laid_out_side_by_side_count(self) -> None:
+    @pytest.mark.parametrize("intel", [True, False])
+    def test_few_columns_that_are_laid_out_side_by_side_count(
+        self, intel: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(processor, "_vendor", lambda: "GenuineIntel" if intel else "")
         x, weight = torch.empty(1, 640, 2, 2), torch.empty(16, 32, 640, 1, 1)
-        needed = 4 * (32 * 640 + 640 * 4)
+        needed = 4 * (32 * 640 + (0 if intel else 640 * 4))
         for limit, method in ((needed, "matmul"), (needed - 1, "chunked")):
             assert choose_method(x, weight, training=False, max_mixed_bytes=limit) == method
 

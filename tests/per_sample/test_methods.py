@@ -8,7 +8,7 @@ from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyn_lightning.functional import dynamic_conv2d
-from dyn_lightning.per_sample import methods
+from dyn_lightning.per_sample import processor
 from dyn_lightning.per_sample.geometry import Geometry, Pair, output_size
 from dyn_lightning.per_sample.methods import matmul, mix_kernels
 from tests.contract import GEOMETRIES
@@ -96,7 +96,8 @@ class TestOneImageAndFewColumns:
         method: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(methods, "is_intel", lambda: intel)  # whether columns are laid out side by side
+        # Columns are laid out side by side, or not.
+        monkeypatch.setattr(processor, "_vendor", lambda: "GenuineIntel" if intel else "")
         input, *others = draw(batch, size, (kernel, kernel))
         input = input.detach().contiguous(memory_format=layout).requires_grad_()
         assert_equals_the_loop((input, *others), method, **geometry)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
-from dyn_lightning.per_sample import mixed, native
+from dyn_lightning.per_sample import mixed, native, processor
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from dyn_lightning.per_sample.mixed import cpp
 from tests.per_sample.loop import loop
@@ -133,7 +133,7 @@ def test_planes_of_whole_vectors(
 ) -> None:
     with threads_of(threads):
         for batch, intel in ((1, True), (5, True), (5, False)):  # of four vectors, or of fewer if they are deep
-            monkeypatch.setattr(mixed, "is_intel", lambda intel=intel: intel)
+            monkeypatch.setattr(processor, "_vendor", lambda intel=intel: "GenuineIntel" if intel else "")
             tensors = draw(batch, channels, size, (1, 1), dtype=dtype, layout=torch.contiguous_format)
             assert_equals_the_loop(tensors)
             assert_equals_the_loop(tensors, padding=(1, 0))  # the input's gradient is a whole plane, the output not
@@ -376,9 +376,7 @@ class TestAuto:
     """Of 256 channels on 14x14, which it computes fastest in any layout."""
 
     @pytest.fixture
-    def case(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-        monkeypatch.setattr("dyn_lightning.per_sample.case.is_intel", lambda: False)
-
+    def case(self) -> Iterator[Callable[..., str]]:
         def choose(**options: Any) -> str:
             x = torch.empty(32, 256, 14, 14).contiguous(memory_format=torch.channels_last)
             return choose_method(x, torch.empty(4, 256, 256, 3, 3), padding=1, **options)

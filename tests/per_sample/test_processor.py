@@ -6,6 +6,7 @@ import pytest
 
 from dyn_lightning.per_sample import processor
 
+VENDOR = processor._vendor.__wrapped__  # which remembers nothing
 INTEL, AMD = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
 
 
@@ -18,6 +19,7 @@ INTEL, AMD = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
         ("linux", None, "", False),  # it does not say
         ("win32", None, "Intel64 Family 6 Model 158 Stepping 9, GenuineIntel", True),
         ("win32", None, "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", False),
+        ("darwin", None, "i386", True),
         ("darwin", None, "arm", False),
     ],
 )
@@ -29,8 +31,5 @@ def test_whether_it_is_intel_s(
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "processor", lambda: name)
-    processor._vendor.cache_clear()
-    try:
-        assert processor.is_intel() == intel
-    finally:
-        processor._vendor.cache_clear()
+    monkeypatch.setattr(processor, "_vendor", VENDOR)
+    assert processor.is_intel() == intel

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import dynamic_conv2d
+from dyn_lightning.per_sample.case import Case
+from dyn_lightning.per_sample.geometry import Geometry
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw, loop
 from tests.tolerances import assert_close
@@ -79,6 +82,28 @@ class TestTriton:
         grad = torch.randn_like(torch.ops.dyn_lightning.triton(*operands))
         gradients = (grad, *(tensor.detach() for tensor in operands[:3]), operands[3], [True, True, True])
         torch.library.opcheck(torch.ops.dyn_lightning.triton_backward.default, gradients)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_holds_no_more_than_is_counted(
+        self, layout: torch.memory_format, training: bool, dtype: torch.dtype
+    ) -> None:
+        sizes = SEVERAL_TILES[:3]
+        x, routing, weight = (torch.randn(size, dtype=dtype, device=DEVICE) for size in sizes)
+        tensors = [tensor.requires_grad_(training) for tensor in (x.contiguous(memory_format=layout), routing, weight)]
+        y = dynamic_conv2d(*tensors, padding=1, method="triton")
+        cotangent, last = torch.randn_like(y), layout == torch.channels_last
+
+        def step() -> None:
+            y = dynamic_conv2d(*tensors, padding=1, method="triton")
+            if training:
+                torch.autograd.grad(y, tensors, cotangent)
+
+        beyond = peak_bytes(step, x.device) - sum(tensor.nbytes for tensor in (y, *(tensors if training else ())))
+        geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+        case = Case(sizes[0], sizes[2], geometry, dtype, "cuda", last, True, training, 1, False, False)
+        assert beyond <= (2 if training else 1) * case.bytes_of(case.held()["triton"])
 
     def test_channels_last(self) -> None:
         input, *others = draw(device=DEVICE)

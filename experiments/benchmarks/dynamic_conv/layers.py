@@ -115,7 +115,7 @@ def layers(options: Any) -> list[dict[str, Any]]:
             f"\n{job}, batch {batch}: milliseconds of the static convolution, times relative to it, and the peak MiB "
             "of the static one, auto and timm's"
         )
-        heads = head(["static", *columns, "static", "auto", "timm"])
+        heads = head(["static", *columns, "MiB", "auto's", "timm's"])
         print(f"{'in, out, kernel, stride, padding, groups, map':48}{heads}  auto")
         passes: dict[Shape, list[dict[str, float]]] = {
             shape: [] for shape in shapes() if not options.shapes or shape in options.shapes
