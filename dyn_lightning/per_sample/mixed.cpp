@@ -466,8 +466,8 @@ template <typename Number> class Mixed {
   // Add to pixels of a sample's planes what a block of kernels of one weight gives.
   void add_up_planes(Map from, Range pixels, const Number *kernel, int64_t deep, int64_t width, Number *to,
                      bool begins) const {
-    // As many vectors as leave room in the nearest cache, where a product takes longer than its numbers' way from the
-    // next one; Intel's processors make two at once, and wait for each sum if there are few.
+    // As many vectors as leave room in the nearest cache, but on Intel's processors, which multiply two at once, and
+    // would wait for the sums if these were few.
     const int64_t near = std::max<int64_t>(1, std::min<int64_t>(VECTORS, NEAR_VECTORS / deep));
     const int64_t vectors = z.intel ? VECTORS : near;
     from.begin += pixels.first, to += pixels.first;
