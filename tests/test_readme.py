@@ -124,6 +124,15 @@ def test_the_speed_table_is_of_kept_runs() -> None:
             assert pair == kept[network, job]
 
 
+def test_the_table_of_layers_is_the_log_s() -> None:
+    log = (ROOT / "experiments/LOG.md").read_text()
+    rows = re.findall(r"^\| (?:without kept memory: )?(forward.*?) \| ([\d.]+ % \| .*) \|$", README, re.MULTILINE)
+    assert len(rows) == 6
+    for number, (job, cells) in enumerate(rows):
+        run = "not fitted to" if number < 3 else "by glibc, not fitted to"
+        assert f"| Intel's, K = 4, {run}, {job} | {cells} |" in log
+
+
 def test_every_file_that_is_named_exists() -> None:
     for name in re.findall(r"\((docs/[^)]+)\)|(experiments/[\w/.]+\.yaml)", README):
         assert (ROOT / "".join(name)).is_file()
