@@ -137,10 +137,10 @@ def test_the_costs_are_those_of_the_runs_that_are_here(costs_by_kind: dict[Any, 
         fitted = fit(these)
         for found, kept in zip(fitted, costs, strict=True):
             assert kept == pytest.approx(found, rel=0.01)
+        if (names[0], kind) != ("intel/layers", (True, True, "several")):  # of which the lines lose less: see LOG.md
+            assert lost(fitted, these) <= lost(lines(these), these)
         by_fit, by_lines = by_fit + lost(fitted, these), by_lines + lost(lines(these), these)
-    assert (
-        by_fit < by_lines
-    )  # of all kinds; of a single one the lines may lose less, since the fit's loss is a smooth one
+    assert by_fit < by_lines
 
 
 def test_quality_compares_the_chosen_method() -> None:
