@@ -12,6 +12,9 @@ from dyn_lightning.per_sample.tracing import in_export, in_strict_export
 # and chunks are faster. With a backward pass they mix the kernels twice, K multiply-adds a weight: from so many bytes
 # of these times K on, or of both maps together.
 FETCHED_BYTES, MIXED_BYTES_BY_K, MAPS_BYTES = 40 << 20, 9 << 20, 32 << 20
+# Numbers of one image's output and of all mixed kernels from which a product or a convolution of torch's is slower for
+# each of them (1 MiB and 32 MiB of float32: beyond caches of level 2 and 3). Choices by these lose the least time.
+LARGE_MAP, LARGE_KERNELS = 1 << 18, 1 << 23
 # Numbers of one image's unfolded input up to which torch's depthwise convolution takes longer to begin than a product.
 FEW_PATCHES = 60_000
 
@@ -43,12 +46,16 @@ class Costs(NamedTuple):
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
     """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what comes
-    out, and the first again where a product has few columns, which it is slow with.
+    out, the first again where a product has few columns, which it is slow with, and what of both does not stay in
+    caches.
 
     The call of a convolution is not counted: those that were measured take so long that it cannot be told.
     """
-    mixed, product, few = case.mixed_weights(), case.is_product(), case.positions() <= FEW_POSITIONS
-    return mixed, case.weight[0] * mixed, case.multiply_adds(), int(product), case.outputs(), mixed if few else 0
+    mixed, outputs, call = case.mixed_weights(), case.outputs(), int(case.is_product())
+    few = mixed if case.positions() <= FEW_POSITIONS else 0
+    large = outputs if case.weight[1] * case.positions() >= LARGE_MAP else 0
+    large += mixed if mixed >= LARGE_KERNELS else 0
+    return mixed, case.weight[0] * mixed, case.multiply_adds(), call, outputs, few, large
 
 
 def mixture_work(case: Case) -> tuple[int, ...]:
@@ -79,76 +86,76 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # float32 (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept.
 OTHER_COSTS = {
     (True, True, "several"): Costs(
-        (2160, 10.3, 28.8, 108e6, 244, 2100),
-        (37.2, 592, 2960, 709e6),
-        (230, 339, 15.5, 358e6, 97.6),
+        (1510, 12, 34.1, 136e6, 249, 2150, 438),
+        (39.3, 616, 2310, 566e6),
+        (275, 258, 24.6, 339e6, 93.3),
     ),
     (True, False, "several"): Costs(
-        (584, 7.17, 6.39, 27.5e6, 92.2, 1180),
-        (29.4, 233, 687, 91.3e6),
-        (42.1, 81.4, 3.97, 21.6e6, 72.9),
+        (345, 8.38, 8.75, 32.9e6, 77, 686, 55.3),
+        (19.1, 249, 642, 101e6),
+        (48.8, 60.1, 7.07, 26.1e6, 98.6),
     ),
     (True, False, "one"): Costs(
-        (638, 51.8, 9.69, 13.5e6, 432, 0),
-        (9.7, 91.8, 398, 25e6),
-        (0, 1730, 6.67, 20.6e6, 79.2),
+        (376, 70, 13, 21.1e6, 292, 0, 0),
+        (5.9, 95.9, 340, 27.6e6),
+        (0, 1230, 10.8, 24.3e6, 86.6),
     ),
     (False, True, "several"): Costs(
-        (3090, 48.4, 21.1, 0, 3360, 483),
-        (42.8, 1170, 0, 1010e6),
-        (4.79, 403, 14.5, 392e6, 62),
+        (1870, 54.5, 29.9, 0, 3260, 416, 0),
+        (29.8, 1420, 0, 890e6),
+        (4.82, 299, 26.9, 466e6, 63.3),
     ),
     (False, False, "several"): Costs(
-        (997, 11.8, 4.71, 0, 258, 38.4),
-        (21.3, 504, 607, 87.9e6),
-        (0, 67.6, 5.65, 13.4e6, 0),
+        (869, 10.9, 4.97, 0, 351, 18.2, 25.2),
+        (14.7, 703, 601, 87.3e6),
+        (0, 64.8, 5.95, 14.1e6, 0),
     ),
     (False, False, "one"): Costs(
-        (884, 85.2, 7.11, 0, 545, 71.8),
-        (21.7, 97, 0, 31.1e6),
-        (0, 1050, 11.9, 0, 1910),
+        (662, 123, 9.71, 0, 564, 62.8, 0),
+        (11.9, 169, 0, 31.8e6),
+        (0, 976, 10.1, 0, 1840),
     ),
 }
-# The same of two cores of a Xeon of Intel's with AVX-512, from `layers.json` and `layers_k16.json` in `results/intel`.
+# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names in `results/intel`.
 INTEL_COSTS = {
     (True, True, "several"): Costs(
-        (927, 16.2, 15.8, 125e6, 472, 213),
-        (19.6, 345, 1810, 370e6),
-        (149, 264, 37.1, 368e6, 287),
+        (980, 7.07, 19.5, 182e6, 511, 191, 671),
+        (18.3, 404, 1900, 452e6),
+        (221, 188, 26.9, 378e6, 285),
     ),
     (True, False, "several"): Costs(
-        (173, 8.8, 5, 13.8e6, 68.3, 194),
-        (7.41, 139, 485, 107e6),
-        (0, 56.3, 13.5, 20.8e6, 67.3),
+        (185, 8.98, 5.91, 19.6e6, 66, 123, 130),
+        (6.18, 156, 435, 125e6),
+        (0, 54.5, 7.78, 27.9e6, 75.9),
     ),
     (True, False, "one"): Costs(
-        (0, 104, 6.21, 10.5e6, 75.9, 0),
-        (21.3, 35, 255, 27.9e6),
-        (0, 827, 10.6, 25.1e6, 131),
+        (142, 84.4, 8.61, 16e6, 38.4, 0, 53.4),
+        (7.83, 68.3, 251, 32e6),
+        (0, 826, 10.1, 26.5e6, 119),
     ),
     (False, True, "several"): Costs(
-        (2800, 19.3, 16.1, 0, 0, 152),
-        (29.1, 437, 0, 3000e6),
-        (0, 394, 8.6, 250e6, 350),
+        (1570, 19.8, 24.4, 0, 1500, 0, 220),
+        (22, 548, 0, 1750e6),
+        (0, 269, 18.8, 384e6, 471),
     ),
     (False, False, "several"): Costs(
-        (948, 8.87, 2.38, 0, 67.8, 53.7),
-        (9.11, 243, 168, 590e6),
-        (6.07, 102, 4.09, 0, 0),
+        (677, 10.5, 4.95, 0, 109, 32, 14.4),
+        (5.64, 271, 167, 515e6),
+        (10, 63.1, 6.39, 24.4e6, 0),
     ),
     (False, False, "one"): Costs(
-        (628, 60, 6.32, 0, 412, 0),
-        (17.3, 54.5, 0, 47.3e6),
-        (0, 1280, 0, 0, 7610),
+        (495, 89.2, 8.56, 0, 601, 0, 0),
+        (9.93, 91.5, 0, 70.7e6),
+        (0, 1190, 1.72, 0, 5780),
     ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True, "several"): Costs((7, 0, 0.015, 0, 0, 0), (0.015, 7, 7, 0)),
-    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
-    (False, True, "several"): Costs((7, 0, 0.075, 0, 0, 0), (0.015, 7, 7, 0)),
-    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (True, True, "several"): Costs((7, 0, 0.015, 0, 0, 0, 0), (0.015, 7, 7, 0)),
+    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (False, True, "several"): Costs((7, 0, 0.075, 0, 0, 0, 0), (0.015, 7, 7, 0)),
+    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
 }
 
 

@@ -37,9 +37,10 @@ from dyn_lightning.per_sample.reduction import plan_of
 from experiments.benchmarks.dynamic_conv.layers import quality
 
 WORKS = (mixed_first_work, mixture_work, cpp_work)  # in the order of `Costs`
-# A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in this
-# unit. And what it costs to move the numbers away from the lines, which keeps those that no choice depends on.
-UNSURE, STAY = 0.1, 1e-3
+# A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in these
+# units, first in the coarse one, with which far fewer numbers are the best of their surroundings. And what it costs to
+# move the numbers away from the lines, which keeps those that no choice depends on.
+UNSURE, STAY = (0.1, 0.03), 1e-3
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
 
@@ -89,13 +90,15 @@ def fit(results: list[Result]) -> Costs:
     def costs_of(shifts: np.ndarray) -> list[np.ndarray]:
         return [start * np.exp(part) for start, part in zip(starts, np.split(shifts, ends[:-1]), strict=True)]
 
-    def lost(shifts: np.ndarray) -> float:
+    def lost(shifts: np.ndarray, unsure: float) -> float:
         expected = np.stack([design @ costs for design, costs in zip(designs, costs_of(shifts), strict=True)], 1)
-        chances = softmax(np.where(there, -np.log(expected) / UNSURE, -np.inf), axis=1)
+        chances = softmax(np.where(there, -np.log(expected) / unsure, -np.inf), axis=1)
         return float(np.mean(np.sum(chances * over, axis=1)) + STAY * shifts @ shifts)
 
-    fitted = costs_of(minimize(lost, np.zeros(ends[-1]), tol=1e-8).x)
-    return Costs(*(tuple(costs.tolist()) for costs in fitted))
+    shifts = np.zeros(ends[-1])
+    for unsure in UNSURE:
+        shifts = minimize(lost, shifts, unsure, tol=1e-8).x
+    return Costs(*(tuple(costs.tolist()) for costs in costs_of(shifts)))
 
 
 def lines(results: list[Result]) -> Costs:
