@@ -329,7 +329,13 @@ def test_modes_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     main(["modes", "--rounds", "1", "--batch", "2"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["modes"]
     assert [row["layer"] for row in rows] == ["dynamic", "static"]
-    assert all(set(row["milliseconds"]) == {"plain", "channels_last", "bfloat16", "compiled"} for row in rows)
+    for row in rows:
+        assert set(row["milliseconds"]) == {"plain", "again", "channels_last", "bfloat16", "compiled"}
+        assert row["ratios"].keys() == row["milliseconds"].keys() - {"plain"}
+
+
+def test_a_ratio_is_of_the_times_in_the_same_round() -> None:
+    assert modes.ratio([1.0, 3.0, 9.0], [2.0, 3.0, 3.0]) == 1.0
 
 
 def test_draws_every_part(tmp_path: Path) -> None:
