@@ -18,7 +18,7 @@ from dyn_lightning.per_sample.fastest import fastest
 from dyn_lightning.per_sample.layout import layout_of
 from dyn_lightning.per_sample.methods import mix_kernels
 from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
-from dyn_lightning.per_sample.tracing import remembered
+from dyn_lightning.per_sample.tracing import is_transformed, remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
@@ -68,10 +68,11 @@ def dynamic_conv2d(
             others run without us, has no chunks: there nothing may be small enough. Not counted: what a
             convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
             channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, depthwise
-            of three padded maps of as many channels as fit into a vector, 16 in float32), the copy of a gradient that
-            does not lie as the output does, and what second derivatives, forward mode, function transforms,
-            ``torch.jit.trace`` and complex numbers take, for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all
-            kernels at once.
+            of three padded maps of as many channels as fit into a vector, 16 in float32), what is copied whatever the
+            method is (the input to be padded by ``"same"`` on one side more, or for the pixels that 1x1 kernels with a
+            stride see, in channels_last; in training the output to add a bias; a gradient that does not lie as the
+            output does), and what second derivatives, forward mode, function transforms, ``torch.jit.trace`` and
+            complex numbers take, for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all kernels at once.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
@@ -132,7 +133,10 @@ def dynamic_conv2d(
         note(taken)
     output = run(taken, input, routing, weight, case)
     if bias is not None:
-        output = output + mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
+        mixed = mix_kernels(routing, bias.to(routing.dtype))[:, :, None, None]
+        # In place a compiler does by itself; of a view that one of our operations gave, autograd does not allow it.
+        new = compiling or training or is_transformed()
+        output = output + mixed if new else output.add_(mixed)
     return output if layout == "contiguous" and output.is_contiguous() else in_format_of(full, output)
 
 

@@ -363,6 +363,13 @@ def test_draws_every_part(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "together").iterdir()) == ["growth.png", "networks.png"]
 
 
+@pytest.mark.parametrize(("name", "part"), [("networks_32", "networks"), ("growth", "growth"), ("layers", "layers")])
+def test_what_came_out_does_not_say_what_was_measured(name: str, part: str) -> None:
+    (row, *_) = json.loads((RESULTS / f"intel/{name}.json").read_text())["results"][part]
+    said = json.loads(plots._what(row))
+    assert said.keys() <= {"network", "size", "shape", "networks", "kernel", "job", "batch", "training"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

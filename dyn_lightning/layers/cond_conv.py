@@ -110,7 +110,7 @@ class CondConv2d(nn.Module):
             num_experts: n.
             router: the routing function; a callable's module must have ``constant_``, as ``SigmoidRouter``.
             method: of computing.
-            max_mixed_bytes: that the mixed kernels may take.
+            max_mixed_bytes: as in ``dynamic_conv2d``: bytes for mixed kernels and what else a method holds.
 
         Raises:
             ValueError: a padding mode other than zeros, or what the constructor refuses.
@@ -206,7 +206,7 @@ class CondLinear(nn.Module):
             num_experts: n.
             router: the routing function.
             method: of computing.
-            max_mixed_bytes: that the mixed kernels may take.
+            max_mixed_bytes: as in ``dynamic_conv2d``: bytes for mixed kernels and what else a method holds.
         """
         features = (linear.in_features, linear.out_features, linear.bias is not None)
         options: Any = {"num_experts": num_experts, "router": router}

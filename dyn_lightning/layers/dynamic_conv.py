@@ -114,7 +114,7 @@ class DynamicConv2d(nn.Module):
             reduction: of the attention's hidden layer.
             temperature: of the softmax.
             method: of computing.
-            max_mixed_bytes: that the mixed kernels may take.
+            max_mixed_bytes: as in ``dynamic_conv2d``: bytes for mixed kernels and what else a method holds.
 
         Raises:
             ValueError: a padding mode other than zeros.

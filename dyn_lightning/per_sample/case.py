@@ -118,7 +118,7 @@ class Case(NamedTuple):
             mixture += pixels + copied if self.is_product() else 2 * self.patches() + pixels
         else:  # the outputs are brought in the kernels' order where they do not come in it
             mixture *= 2 if self.geometry.groups > 1 or self.channels_last else 1
-            mixture += copied
+            mixture += copied + (math.prod(self.weight) if self.geometry.groups > 1 else 0)  # and so are those
         others = {
             "mixture": mixture,
             "cpp": numbers_held(self.weight, self.training) + copied,

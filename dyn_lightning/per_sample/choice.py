@@ -101,14 +101,14 @@ OTHER_COSTS = {
         (0, 1230, 10.8, 24.3e6, 86.6),
     ),
     (False, True, "several"): Costs(
-        (1870, 54.5, 29.9, 0, 3260, 416, 0),
-        (29.8, 1420, 0, 890e6),
-        (4.82, 299, 26.9, 466e6, 63.3),
+        (1920, 61.2, 31, 0, 1010, 0, 242),
+        (30.7, 1400, 0, 898e6),
+        (4.82, 325, 26.2, 457e6, 63),
     ),
     (False, False, "several"): Costs(
-        (869, 10.9, 4.97, 0, 351, 18.2, 25.2),
-        (14.7, 703, 601, 87.3e6),
-        (0, 64.8, 5.95, 14.1e6, 0),
+        (905, 11.7, 5.08, 0, 0, 0, 96.5),
+        (15.5, 710, 601, 87.3e6),
+        (0, 68.2, 5.63, 14.1e6, 0),
     ),
     (False, False, "one"): Costs(
         (662, 123, 9.71, 0, 564, 62.8, 0),
@@ -134,14 +134,14 @@ INTEL_COSTS = {
         (0, 826, 10.1, 26.5e6, 119),
     ),
     (False, True, "several"): Costs(
-        (1570, 19.8, 24.4, 0, 1500, 0, 220),
-        (22, 548, 0, 1750e6),
-        (0, 269, 18.8, 384e6, 471),
+        (1510, 31.9, 24.9, 0, 1010, 0, 104),
+        (22.2, 549, 0, 1750e6),
+        (0, 273, 18.6, 380e6, 467),
     ),
     (False, False, "several"): Costs(
-        (677, 10.5, 4.95, 0, 109, 32, 14.4),
-        (5.64, 271, 167, 515e6),
-        (10, 63.1, 6.39, 24.4e6, 0),
+        (625, 10.7, 5.13, 0, 0, 0, 46.5),
+        (5.63, 271, 167, 515e6),
+        (10, 61.6, 6.42, 24.4e6, 0),
     ),
     (False, False, "one"): Costs(
         (495, 89.2, 8.56, 0, 601, 0, 0),
@@ -167,15 +167,27 @@ def choose(case: Case) -> str:
         return "matmul" if case.is_product() else "grouped"
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
-    within, first = methods_within(case), mixed_first(case)
-    if first not in within:  # what others run without us has no chunks of ours
-        first = next(iter(within), first) if in_export() else "chunked"
+    within = methods_within(case)
+    first = first_within(case, within)
     kind, costs = kind_of(case), costs_of(case)
     if not is_open(case) or kind not in costs:
         return first
     if case.channels_last and case.input[0] > 1 and not case.is_product() and "cpp" in within:
         first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
     return costs[kind].best(case, first, within)
+
+
+def first_within(case: Case, within: list[str]) -> str:
+    """Name the fastest method that mixes the kernels first and holds no more than is allowed.
+
+    Args:
+        case: what is to be computed.
+        within: ``methods_within`` of it.
+    """
+    first = mixed_first(case)
+    if first in within:
+        return first
+    return next(iter(within), first) if in_export() else "chunked"  # what others run without us has no chunks of ours
 
 
 def is_open(case: Case) -> bool:

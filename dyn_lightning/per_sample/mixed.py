@@ -49,11 +49,13 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
 
 
 def numbers_held(weight: tuple[int, ...], training: bool) -> int:
-    """Numbers that are held beside dense maps: the kernels in another order, and sums of their gradients.
+    """Numbers that are held beside dense maps: the kernels in another order, or half of that and of the sums of their
+    gradients, since training is allowed twice as much.
 
     Each thread takes a block of a map besides, or of several maps that come to 4 MB.
     """
-    return math.prod(weight) + (MOST_IN_PARTS if training else 0)
+    numbers = math.prod(weight)
+    return -(-(numbers + (MOST_IN_PARTS if 2 * numbers <= MOST_IN_PARTS else 0)) // 2) if training else numbers
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, Pair, is_depthwise, output_length, padding_in_numbers
-from dyn_lightning.per_sample.layout import is_channels_last
+from dyn_lightning.per_sample.layout import format_of, is_channels_last
 
 # To cut kernels copies what is left of all K. That pays where at most this part is left: else the outputs of all K, as
 # they are, take less time (of 3x3 kernels with a stride on 2x2 maps up to 128 images). Of depthwise kernels, which are
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 def reduced(input: Tensor, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Leave out of kernels what only ever sees padding, and of the input the pixels that strided 1x1 kernels skip."""
     if plan.zeros:
-        input = F.pad(input, plan.zeros)
+        input = F.pad(input.contiguous(memory_format=format_of(input)), plan.zeros)  # which keeps the order of strides
     if plan.step != (1, 1):
         last = is_channels_last(input)
         input = input[:, :, :: plan.step[0], :: plan.step[1]]

@@ -282,6 +282,7 @@ class TestMemory:
             ((16, 32, 14, 14), (4, 32, 32, 3, 3), PADDED, True, 700_000),
             ((8, 64, 32, 32), (4, 8, 64, 1, 1), {"stride": 2}, False, 200_000),  # rows that have to be copied
             ((64, 64, 4, 4), (4, 64, 32, 3, 3), {"padding": 1, "groups": 2}, False, 1_100_000),
+            ((8, 512, 2, 2), (4, 512, 256, 3, 3), {"padding": 1, "groups": 2}, False, 6 * 10**6),  # all K are copied
             ((32, 512, 2, 2), (4, 16, 512, 1, 1), {}, False, 40_000),
             ((32, 512, 1, 1), (4, 64, 512, 1, 1), {}, True, 300_000),
             ((32, 64, 14, 14), (4, 64, 1, 5, 5), {"padding": 2, "groups": 64}, True, 3 * 10**6),  # its input is padded
@@ -322,6 +323,12 @@ class TestMemory:
         options: dict[str, Any] = {"memory_format": torch.channels_last, "max_mixed_bytes": limit}
         last = self.beyond(input, weight, geometry, training, method="chunked", **options)
         assert self.beyond(input, weight, geometry, training, **options) <= max(limit, last)
+
+    def test_a_bias_is_added_in_place_where_nothing_is_differentiated(self) -> None:
+        shapes: tuple[tuple, ...] = (8, 64, 20, 20), (4, 64, 64, 1, 1)
+        options: dict[str, Any] = {"training": False, "method": "grouped"}
+        plain, added = (self.beyond(*shapes, {"bias": bias}, **options) for bias in (None, torch.randn(4, 64)))
+        assert added - plain < 8 * 64 * 20 * 20 * 4 / 4  # the output
 
     def test_kernels_and_unfolded_input_count_together(self) -> None:
         tensors = torch.empty(2, 12, 4, 4), torch.empty(16, 12, 12, 3, 3)

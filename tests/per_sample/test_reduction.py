@@ -60,3 +60,11 @@ def test_a_strided_1x1_convolution_sees_every_other_pixel() -> None:
     assert plan.geometry.stride == (1, 1)
     assert plan.input == pixels.shape
     assert torch.equal(pixels, F.avg_pool2d(input, 1, (2, 3)))
+
+
+def test_a_strided_map_is_contiguous_when_it_is_padded() -> None:
+    input = torch.randn(2, 16, 12, 6).contiguous(memory_format=torch.channels_last)[:, :, ::2]
+    weight = torch.randn(3, 16, 1, 3, 3)
+    plan = plan_of(input.shape, weight.shape, (2, 2), "same", (1, 1), 16, training=True)
+    assert plan.zeros
+    assert reduced(input, weight, plan)[0].is_contiguous()

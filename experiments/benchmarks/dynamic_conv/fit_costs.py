@@ -26,10 +26,10 @@ from dyn_lightning.per_sample.choice import (
     Costs,
     choose,
     cpp_work,
+    first_within,
     is_open,
     kind_of,
     methods_within,
-    mixed_first,
     mixed_first_work,
     mixture_work,
 )
@@ -70,11 +70,11 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
 
 
 def decided_by_costs(rows: list[tuple[Case, dict[str, Any]]]) -> list[Result]:
-    """Give what is fitted to."""
+    """Give what is fitted to: the times of methods that may be taken."""
     return [
-        (case, mixed_first(case), result["milliseconds"])
+        (case, first_within(case, within), {name: ms for name, ms in result["milliseconds"].items() if name in within})
         for case, result in rows
-        if is_open(case) and "mixture" in methods_within(case)
+        if is_open(case) and "mixture" in (within := methods_within(case))
     ]
 
 
@@ -132,8 +132,7 @@ def main(paths: list[str]) -> None:
         processor = "Intel's" if intel else "others"
         print(f"{processor}, {kind}: Costs({rounded}),  # {len(these)} cases, but for")
         for case, first, times in these:
-            chosen = costs.best(case, first, [name for name in methods_within(case) if name in times])
-            best = min(times[name] for name in times if name not in ("static", "timm"))
+            chosen, best = costs.best(case, first, [*times]), min(times.values())
             if times[chosen] > 1.1 * best:
                 rounded = {name: round(time, 2) for name, time in times.items()}
                 print(f"    {times[chosen] / best:.2f} {chosen:8} {(*case.input,)} {(*case.weight,)}", rounded)

@@ -131,6 +131,7 @@ def _logarithmic(axis: Axes) -> None:
     axis.grid(axis="y", which="major", linewidth=0.3)
 
 
+MEASURED = ("rounds", "milliseconds", "spread", "MiB", "work", "auto")
 PLOTS = {"networks": networks, "layers": layers, "growth": growth}
 
 
@@ -146,8 +147,8 @@ def main(folder: str, *files: str) -> None:
 
 
 def _what(result: dict[str, Any]) -> str:
-    """Say what was measured, without what came out."""
-    return json.dumps({name: value for name, value in result.items() if name not in ("milliseconds", "MiB", "work")})
+    """Say what was measured, without how often and what came out."""
+    return json.dumps({name: value for name, value in result.items() if name not in MEASURED})
 
 
 if __name__ == "__main__":
