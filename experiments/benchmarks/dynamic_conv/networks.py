@@ -40,7 +40,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "EfficientNet-B0": partial(timm.create_model, "efficientnet_b0"),
 }
 JOBS = {"training step": (0, True), "forward": (0, False), "forward of one": (1, False)}  # batch (0: --batch), training
-# What a process takes in its turn, after two steps that are not counted: at least so many steps and milliseconds.
+# What a process takes in its first turn, after two steps that are not counted: at least so many steps and milliseconds.
+# Later turns have as many steps, so that all count alike in the median: one in which the machine is fast had more.
 LEAST_STEPS, TURN = 3, 500
 
 
@@ -147,7 +148,7 @@ _here: dict[str, Any] = {}  # what a process of its own has: the network, its st
 def _begin(network: str, name: str, kernels: int, size: int, batch: int, training: bool, options: Any) -> None:
     prepare(options)
     model = converted(NETWORKS[network], name, kernels)
-    _here.update(model=model, step=make_step(model, batch, training, size, options), device=options.device)
+    _here.update(model=model, step=make_step(model, batch, training, size, options), device=options.device, counts={})
 
 
 def _use(name: str) -> None:
@@ -163,12 +164,13 @@ def _use(name: str) -> None:
 
 def _times(name: str) -> list[float]:
     _use(name)
-    step, device = _here["step"], _here["device"]
+    step, device, counts = _here["step"], _here["device"], _here["counts"]
     for _ in range(2):  # fetch the memory that it gave back, most of it in the first
         step()
     times: list[float] = []
-    while len(times) < LEAST_STEPS or sum(times) < TURN:
+    while len(times) < counts.get(name, LEAST_STEPS) or (name not in counts and sum(times) < TURN):
         times.append(milliseconds(step, 1, device))
+    counts[name] = len(times)
     give_back_memory(device)
     return times
 
