@@ -306,6 +306,17 @@ def test_the_table_of_single_layers_is_of_the_kept_runs(
         assert f"| {run}, {job}{batch} | {near} % | {most} | {faster} | {slower} |" in log
 
 
+def test_the_table_of_modes_is_of_the_kept_run() -> None:
+    log = (ROOT / "experiments/LOG.md").read_text()
+    rows = json.loads((RESULTS / "intel/modes.json").read_text())["results"]["modes"]
+    for dynamic, static in zip(rows[::2], rows[1::2], strict=True):
+        assert dynamic["shape"] == static["shape"]
+        plain, beside = (row["milliseconds"]["plain"] for row in (dynamic, static))
+        ratios = [f"{ratio:.2f} ({static['ratios'][mode]:.2f})" for mode, ratio in dynamic["ratios"].items()]
+        shape = ", ".join(map(str, dynamic["shape"]))
+        assert f"| {shape} | {plain:.1f} ({beside:.1f}) | {' | '.join(ratios)} |" in log
+
+
 def test_shapes_are_those_of_the_networks() -> None:
     found = layers.shapes()
     assert found[64, 64, 3, 1, 1, 1, 56] == ["ResNet-18, 224 px", "ResNet-50, 224 px"]
