@@ -38,8 +38,8 @@ from experiments.benchmarks.dynamic_conv.layers import quality
 
 WORKS = (mixed_first_work, mixture_work, cpp_work)  # in the order of `Costs`
 # A choice counts as wrong in part where the expected times are close: their distance, as a logarithm, is taken in these
-# units, first in the coarse one, with which far fewer numbers are the best of their surroundings. And what it costs to
-# move the numbers away from the lines, which keeps those that no choice depends on.
+# units, first in the coarse one, with which what is lost has fewer local minima. And what it costs to move the numbers
+# away from the lines, which keeps those that no choice depends on.
 UNSURE, STAY = (0.1, 0.03), 1e-3
 
 Result = tuple[Case, str, dict[str, float]]  # the times are milliseconds by method
