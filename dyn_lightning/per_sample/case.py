@@ -121,7 +121,7 @@ class Case(NamedTuple):
             mixture += copied + (math.prod(self.weight) if self.geometry.groups > 1 else 0)  # and so are those
         others = {
             "mixture": mixture,
-            "cpp": numbers_held(self.weight, self.training) + copied,
+            "cpp": numbers_held(self.input, self.weight, self.geometry, self.training) + copied,
             "triton": self.held_by_triton(),
         }
         if not self.channels_last or self.is_ours():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
+from dyn_lightning.per_sample.mixed import MOST_POSITIONS
 from dyn_lightning.per_sample.tracing import in_export, in_strict_export
 
 # Where freed memory is not kept, a larger tensor than about this is fetched from the system, page by page, each time,
@@ -20,7 +21,9 @@ FEW_PATCHES = 60_000
 
 
 class Costs(NamedTuple):
-    """Picoseconds of each part of the work: of mixing the kernels first, of mixing all kernels' outputs, of our C++."""
+    """Picoseconds of each part of the work: of mixing the kernels first, of mixing all kernels' outputs, of our C++,
+    which is not taken where none are known.
+    """
 
     mixed_first: tuple[float, ...]
     mixture: tuple[float, ...]
@@ -39,7 +42,7 @@ class Costs(NamedTuple):
         best, least = first, _sum(numbers, work(case))
         for name, (numbers, work) in others.items():
             # With an open batch a compiler understands a comparison, but not `min` with a key.
-            if name in within and (cost := _sum(numbers, work(case))) < least:
+            if name in within and numbers and (cost := _sum(numbers, work(case))) < least:
                 best, least = name, cost
         return best
 
@@ -208,7 +211,8 @@ def costs_of(case: Case) -> dict[Kind, Costs]:
 
 def kind_of(case: Case) -> Kind:
     """Say which costs a case has."""
-    return case.is_product(), case.training, "one" if case.input[0] == 1 else "several"
+    images = "several" if case.input[0] > 1 else "one" if case.positions() > MOST_POSITIONS else "one, few positions"
+    return case.is_product(), case.training, images
 
 
 def mixed_first(case: Case) -> str:

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "mixed.h"
 #include "vectors.h"
 
 namespace {
@@ -23,11 +24,6 @@ constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what
 // Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps
 // that fit into the next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
-
-struct Sizes {  // in the order in which Python gives them
-  int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
-      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts, threads, intel;
-};
 
 struct Range {
   int64_t first, last;

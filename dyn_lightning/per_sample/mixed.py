@@ -3,7 +3,7 @@
 The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of some
 64 input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps
 from a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to
-the K kernels and to the routing at once.
+the K kernels and to the routing at once. Of one sample with few positions no block is kept at all (few_positions.cpp).
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import empty_output, format_of
+from dyn_lightning.per_sample.layout import empty_map, format_of
 from dyn_lightning.per_sample.methods import mixing_operation, multiplies
 from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.processor import is_intel
@@ -22,6 +22,7 @@ from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
 BLOCK, VECTOR = 64, 16  # channels of a block of the kernels, in both directions, and of the widest vector
+MOST_POSITIONS = 16  # of one sample, each with a sum in a register
 # Numbers of gradients of the K kernels, each of a part of the samples, that threads may sum up beside each other.
 MOST_IN_PARTS = 1 << 22
 
@@ -48,22 +49,44 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
     return "" if is_compiled() else "needs Linux and a C++ compiler"
 
 
-def numbers_held(weight: tuple[int, ...], training: bool) -> int:
-    """Numbers that are held beside dense maps: the kernels in another order, or half of that and of the sums of their
-    gradients, since training is allowed twice as much.
+def numbers_held(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, training: bool) -> int:
+    """Numbers that are held beside dense maps: the kernels in another order, of one sample's few positions the patches;
+    in training half of that, with the sums of the kernels' gradients, since it is allowed twice as much.
 
     Each thread takes a block of a map besides, or of several maps that come to 4 MB.
     """
     numbers = math.prod(weight)
-    return -(-(numbers + (MOST_IN_PARTS if 2 * numbers <= MOST_IN_PARTS else 0)) // 2) if training else numbers
+    forward = numbers_of_patches(input, weight, geometry) or numbers
+    if not training:
+        return forward
+    return -(-max(forward, numbers + (MOST_IN_PARTS if 2 * numbers <= MOST_IN_PARTS else 0)) // 2)
+
+
+def numbers_of_patches(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
+    """Numbers of what all positions see, if these are of one sample and so few that each weight is multiplied with all
+    that it meets when it is mixed; otherwise none.
+    """
+    count = math.prod(positions(input, weight, geometry))
+    return count * math.prod(weight[2:]) if input[0] == 1 and count <= MOST_POSITIONS else 0
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    output = empty_output(input, weight.shape[1], weight, geometry)
-    input, routing, weight = input.contiguous(memory_format=format_of(input)), routing.contiguous(), weight.contiguous()
-    ordered = torch.empty_like(weight)
-    call("mixed_forward", _sizes_of(input, weight, geometry), input, routing, weight, ordered, output)
+    size, patches = _to_allocate(input.shape, weight.shape, geometry)
+    output, format = empty_map(input, size), format_of(input)
+    input, routing, weight = input.contiguous(memory_format=format), routing.contiguous(), weight.contiguous()
+    sizes = _sizes_of(input, weight, geometry)
+    if patches:
+        call("few_positions", sizes, input, routing, weight, input.new_empty(patches), output)
+    else:
+        call("mixed_forward", sizes, input, routing, weight, torch.empty_like(weight), output)
     return output
+
+
+@remembered
+def _to_allocate(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[tuple[int, ...], int]:
+    """Give the output's size, and ``numbers_of_patches``."""
+    size = (input[0], weight[1], *positions(input, weight, geometry))
+    return size, numbers_of_patches(input, weight, geometry)
 
 
 def _backward(

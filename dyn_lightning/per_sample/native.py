@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.tracing import remembered
 
-SOURCES = [Path(__file__).with_name(name) for name in ("depthwise.cpp", "mixed.cpp")]
-HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "pixels.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("depthwise.cpp", "mixed.cpp", "few_positions.cpp")]
+HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "pixels.h", "mixed.h")]
 # By what torch says of the processor, so that machines of several kinds can share a folder.
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
