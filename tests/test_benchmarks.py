@@ -1,11 +1,13 @@
 """The benchmarks' arithmetic; what they measure is not tested."""
 
+import itertools
 import json
 import math
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -120,11 +122,23 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
     return total
 
 
+# Of the runs that costs are fitted to; those of one image have files of their own, or are in the same.
+FITTED_TO = {
+    "K = 4": ("layers", "one"),
+    "K = 4, another run": ("layers_again", "one_again"),
+    "K = 16": ("layers_k16", "one_k16"),
+}
+
+
+def kept_runs(processor: str, names: Iterable[str]) -> list[Path]:
+    return [path for name in names if (path := RESULTS / processor / f"{name}.json").exists()]
+
+
 @pytest.mark.parametrize(
     ("costs_by_kind", "processor"), [(INTEL_COSTS, "intel"), (OTHER_COSTS, "other")], ids=["intel", "other"]
 )
 def test_the_costs_are_those_of_the_runs_that_are_here(costs_by_kind: dict[Any, Costs], processor: str) -> None:
-    files = [RESULTS / processor / f"{name}.json" for name in ("layers", "layers_again", "layers_k16")]
+    files = [path for names in FITTED_TO.values() for path in kept_runs(processor, names)]
     results = [result for file in files for result in decided_by_costs(fit_costs.cases(str(file)))]
     assert {case.intel for case, *_ in results} == {costs_by_kind is INTEL_COSTS}
     by_fit = by_lines = 0.0
@@ -281,24 +295,22 @@ def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str
 def test_the_table_of_single_layers_is_of_the_kept_runs(
     processor: str, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RESULTS / processor
-    runs = {"K = 4": "layers", "K = 4, another run": "layers_again", "K = 16": "layers_k16"}
-    fitted_to = {f"{prefix}{run}": str(folder / f"{name}.json") for run, name in runs.items()}
-    fit_costs.main([*fitted_to.values()])
-    fitted_to[f"{prefix}K = 4, both together"] = "K = 4, 2 runs together"
-    titles = {(run, job): title for run, title in fitted_to.items() for job in layers.JOBS}
+    runs = {f"{prefix}{run}": [*map(str, kept_runs(processor, names))] for run, names in FITTED_TO.items()}
+    fit_costs.main([path for paths in runs.values() for path in paths])
+    runs[f"{prefix}K = 4, both together"] = ["K = 4, 2 runs together"]
     if processor == "intel":
-        paths = [str(folder / f"{name}.json") for name in ("layers_unfitted", "layers_unfitted_one", "by_glibc/layers")]
-        for path in paths:
-            fit_costs.report(path, fit_costs.cases(path))
-        for job in layers.JOBS:
-            titles[f"{prefix}K = 4, not fitted to", job] = paths[job == "forward of one"]
-            titles[f"{prefix}K = 4, by glibc, not fitted to", job] = paths[2]
+        for run, names in (
+            ("K = 4, not fitted to", ("layers_unfitted", "one_unfitted")),
+            ("K = 4, by glibc, not fitted to", ("by_glibc/layers", "by_glibc/one")),
+        ):
+            runs[f"{prefix}{run}"] = [*map(str, kept_runs(processor, names))]
+            for path in runs[f"{prefix}{run}"]:
+                fit_costs.report(path, fit_costs.cases(path))
     said = capsys.readouterr().out.splitlines()
     log = (ROOT / "experiments/LOG.md").read_text()
-    for (run, job), title in titles.items():
-        start = f"{title}, {job}, "
-        (line,) = (one for one in said if one.startswith(start))
+    for run, job in itertools.product(runs, layers.JOBS):
+        starts = tuple(f"{title}, {job}, " for title in runs[run])
+        (line,) = (one for one in said if one.startswith(starts))
         found = re.search(r"on (.*)% of 202 .* most (.*) times it; (.*) times as .* on (.*) shapes more", line)
         assert found is not None
         near, most, faster, slower = found.groups()

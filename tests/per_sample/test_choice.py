@@ -111,8 +111,12 @@ def test_it_matters_whether_freed_memory_is_kept(
         ((32, 256, 56, 56), (4, 128, 256, 1, 1), {}, "matmul"),
         ((32, 64, 14, 14), (4, 384, 64, 1, 1), {}, "matmul"),
         ((1, 16, 56, 56), (4, 96, 16, 1, 1), {}, "matmul"),
-        ((1, 576, 2, 2), (4, 96, 576, 1, 1), {}, "matmul"),
-        ((1, 512, 1, 1), (4, 2048, 512, 1, 1), {}, "mixture"),  # short sums too
+        ((1, 40, 4, 4), (4, 240, 40, 1, 1), {}, "matmul"),
+        ((1, 480, 1, 1), (4, 80, 480, 1, 1), {}, "matmul"),
+        ((1, 512, 1, 1), (4, 2048, 512, 1, 1), {}, "cpp"),  # short sums too
+        ((1, 1024, 2, 2), (4, 512, 1024, 1, 1), {}, "cpp"),
+        ((1, 128, 4, 4), (4, 128, 128, 3, 3), PADDED, "cpp"),
+        ((1, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "grouped"),
         ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
         ((32, 256, 14, 14), (4, 256, 256, 3, 3), PADDED, "cpp"),
         ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
@@ -349,10 +353,19 @@ class TestMemory:
         self, intel: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(processor, "_vendor", lambda: "GenuineIntel" if intel else "")
-        x, weight = torch.empty(1, 640, 2, 2), torch.empty(16, 32, 640, 1, 1)
-        needed = 4 * (32 * 640 + (0 if intel else 640 * 4))
+        x, weight = torch.empty(1, 640, 2, 2), torch.empty(16, 15, 640, 1, 1)  # fewer channels than our C++ computes
+        needed = 4 * (15 * 640 + (0 if intel else 640 * 4))
         for limit, method in ((needed, "matmul"), (needed - 1, "chunked")):
             assert choose_method(x, weight, training=False, max_mixed_bytes=limit) == method
+
+    def test_what_few_positions_see_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(processor, "_vendor", lambda: "GenuineIntel")
+        shapes: tuple[tuple, ...] = (1, 256, 2, 2), (4, 256, 256, 3, 3)
+        needed = 4 * (4 * 9 * 256)
+        tensors = [torch.empty(shape) for shape in shapes]
+        for limit, method in ((needed, "cpp"), (needed - 1, "chunked")):
+            assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=limit) == method
+        assert 0 <= self.beyond(*shapes, PADDED, training=False, method="cpp") <= needed + 2**10
 
     def test_unfolded_input_counts(self) -> None:
         tensors = torch.empty(2, 512, 4, 4), torch.empty(16, 1, 512, 3, 3)
