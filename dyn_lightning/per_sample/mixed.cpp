@@ -10,139 +10,17 @@
 #include <vector>
 
 #include "mixed.h"
-#include "vectors.h"
 
 namespace {
 
 // Input channels and output channels of a block; where it has fewer of one side, it may have more of the other, but no
 // more weights than this squared: `Sizes` say how many, in whole vectors. (For planes, which read a weight less often,
-// DEEPER times as many.) Its products, each a number times a vector, are summed in registers: of the most vectors SUMS
-// sums at once, of fewer MORE_SUMS.
+// DEEPER times as many.)
 constexpr int64_t BLOCK = 64, DEEPER = 4;
-constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
 // Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps
 // that fit into the next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
-
-struct Range {
-  int64_t first, last;
-  int64_t length() const { return last - first; }
-};
-
-// Parts of at most so many, as equal as can be in units; the last, which may end within a unit, has the most units.
-std::vector<Range> parts_of(int64_t length, int64_t most, int64_t unit = 1) {
-  const int64_t units = (length + unit - 1) / unit, count = (units * unit + most - 1) / most;
-  std::vector<Range> parts;
-  for (int64_t p = 0; p < count; p++)
-    parts.push_back({units * p / count * unit, std::min(units * (p + 1) / count * unit, length)});
-  return parts;
-}
-
-// One place of a kernel: where the output has positions at which it sees a pixel, and where the first of these lies.
-struct Tap {
-  Range rows, columns;
-  int64_t row, column;
-};
-
-// The outputs o in [0, outputs) for which o * step + shift is in [0, inputs).
-Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
-  const int64_t first = shift < 0 ? (-shift + step - 1) / step : 0;
-  const int64_t last = shift < inputs ? (inputs - 1 - shift) / step + 1 : 0;
-  return {first, std::max(first, std::min(last, outputs))};
-}
-
-// Numbers, each of which is multiplied with a row of vectors: lines of so many for each sum, and how far one is from
-// the next sum's, from the next of the same sum, and from the next line's; and how far ahead of them the cache is
-// to fetch, if at all, where they lie side by side.
-template <typename Number> struct Numbers {
-  const Number *begin;
-  int64_t sum, next, line, ahead = 0;
-};
-
-// Rows of vectors, which lie so far apart, and so far from the next line's.
-template <typename Number> struct Rows {
-  const Number *begin;
-  int64_t next, line;
-};
-
-struct Extent {
-  int64_t lines, length, width;
-  bool begins;  // whether the sums have no value before
-};
-
-// Add to N sums of M vectors, which lie `step` apart; the last one, of so many bytes, may overlap with the one before.
-// Unrolled early: otherwise the compiler gives the sums a place in memory too.
-template <typename Number, int bytes, int N, int M>
-void add_products(Numbers<Number> numbers, Rows<Number> rows, Extent extent, Number *sums, int64_t step) {
-  const int64_t end = extent.width - bytes / int64_t(sizeof(Number));
-  Vector<Number> total[N][M];
-  Vector<Number, bytes> last[N];
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++) {
-#pragma GCC unroll 8
-    for (int m = 0; m < M - 1; m++)
-      total[n][m] = extent.begins ? Vector<Number>{} : load(sums + n * step + m * LANES<Number>);
-    last[n] = extent.begins ? Vector<Number, bytes>{} : load<bytes>(sums + n * step + end);
-  }
-  for (int64_t l = 0; l < extent.lines; l++, numbers.begin += numbers.line, rows.begin += rows.line) {
-    const Number *number = numbers.begin, *row = rows.begin;
-    for (int64_t i = 0; i < extent.length; i++, number += numbers.next, row += rows.next) {
-      if (numbers.ahead && i % LINE<Number> == 0)  // a few at a time, or they would be waited for
-        for (int n = 0; n < N; n++) fetch(number + n * numbers.sum, numbers.ahead);
-      Vector<Number> vectors[M];
-#pragma GCC unroll 8
-      for (int m = 0; m < M - 1; m++) vectors[m] = load(row + m * LANES<Number>);
-      const auto vector = load<bytes>(row + end);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) {
-#pragma GCC unroll 8
-        for (int m = 0; m < M - 1; m++) total[n][m] += number[n * numbers.sum] * vectors[m];
-        last[n] += number[n * numbers.sum] * vector;
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++) {
-#pragma GCC unroll 8
-    for (int m = 0; m < M - 1; m++) store(total[n][m], sums + n * step + m * LANES<Number>);
-    store<bytes>(last[n], sums + n * step + end);
-  }
-}
-
-template <typename Number> using Add = void (*)(Numbers<Number>, Rows<Number>, Extent, Number *, int64_t);
-
-template <typename Number, int bytes, int M, int... N>
-Add<Number> of_vectors(int64_t sums, std::integer_sequence<int, N...>) {
-  static const Add<Number> all[] = {add_products<Number, bytes, N + 1, M>...};
-  return all[sums - 1];
-}
-
-template <typename Number, int bytes> Add<Number> of_last(int64_t sums, int64_t vectors) {
-  const auto most = std::make_integer_sequence<int, SUMS>();
-  const auto more = std::make_integer_sequence<int, MORE_SUMS>();
-  if constexpr (VECTORS == 4) {
-    if (vectors == 4) return of_vectors<Number, bytes, 4>(sums, most);
-    if (vectors == 3) return of_vectors<Number, bytes, 3>(sums, more);
-    if (vectors == 2 || bytes < BYTES) return of_vectors<Number, bytes, 2>(sums, more);  // half a vector is not alone
-  } else if (vectors == 2) {
-    return of_vectors<Number, bytes, 2>(sums, most);
-  }
-  if constexpr (bytes == BYTES) return of_vectors<Number, bytes, 1>(sums, more);
-}
-
-// By how many sums there are, of how many numbers. Some processors multiply half of their widest vectors in half the
-// time.
-template <typename Number> Add<Number> adding(int64_t sums, int64_t width) {
-  const int64_t vectors = (width + LANES<Number> - 1) / LANES<Number>, rest = width % LANES<Number>;
-  if constexpr (BYTES == 64)
-    if (rest > 0 && rest <= LANES<Number> / 2) return of_last<Number, BYTES / 2>(sums, vectors);
-  return of_last<Number, BYTES>(sums, vectors);
-}
-
-template <typename Number> int64_t sums_of(int64_t width) {
-  return width > (VECTORS - 1) * LANES<Number> ? SUMS : MORE_SUMS;
-}
 
 template <typename Number> class Mixed {
   static constexpr int LANES = ::LANES<Number>, LINE = ::LINE<Number>;
@@ -150,18 +28,10 @@ template <typename Number> class Mixed {
   const Sizes &z;
   const int64_t inputs = z.height * z.width, outputs = z.rows * z.columns;
   const int64_t count = z.kernel_rows * z.kernel_columns, weights = count * z.in_channels * z.out_channels;
-  std::vector<Tap> taps;
+  const std::vector<Tap> taps;
 
  public:
-  explicit Mixed(const Sizes &sizes) : z(sizes) {
-    for (int64_t i = 0; i < z.kernel_rows; i++)
-      for (int64_t j = 0; j < z.kernel_columns; j++) {
-        const int64_t down = i * z.dilation_rows - z.above, right = j * z.dilation_columns - z.left;
-        const Range rows = meeting(z.rows, z.height, z.down, down);
-        const Range columns = meeting(z.columns, z.width, z.right, right);
-        taps.push_back({rows, columns, rows.first * z.down + down, columns.first * z.right + right});
-      }
-  }
+  explicit Mixed(const Sizes &sizes) : z(sizes), taps(taps_of(sizes)) {}
 
   // From input to output, or back from the output's gradient to the input's.
   void convolve(const Number *from, const Number *routing, const Number *weight, Number *ordered, Number *to,
@@ -269,16 +139,10 @@ template <typename Number> class Mixed {
     return {begin, z.planes ? 1 : channels, z.planes ? pixels : 1};
   }
 
-  // Columns of a block that are summed at once, and in how many sums.
-  struct Columns {
-    Range range;
-    int64_t sums;
-  };
-
   // Give some samples' maps, in planes a run of pixels, what a block of all taps gives.
   void convolve_block(const Way &way, Range samples, Range block, Range run, const Number *from, const Number *routing,
                       const Number *ordered, Work &work, Number *to) const {
-    const auto columns = columns_of(block.length());
+    const auto columns = columns_of<Number>(block.length());
     const auto depths = parts_of(way.deep, way.largest / block.length());
     const int64_t pitch = way.turned ? block.length() : way.wide;
     from += samples.first * way.read * way.deep, to += samples.first * way.written * way.wide;
@@ -316,7 +180,7 @@ template <typename Number> class Mixed {
   // Add a block's gradients of some samples to the sums, and to each sample's shares of the kernels.
   void sum_up(Range samples, Range depth, Range block, const Number *grad, const Number *input, const Number *routing,
               const Number *ordered, Work &work, Number *shares) const {
-    const auto columns = columns_of(block.length());
+    const auto columns = columns_of<Number>(block.length());
     const bool copied = !work.copy.empty();
     input += samples.first * inputs * z.in_channels, grad += samples.first * outputs * z.out_channels;
     for (int64_t s = 0; copied && s < samples.length(); s++)
@@ -421,13 +285,6 @@ template <typename Number> class Mixed {
           routing_grad[s * z.kernels + k] += rest[s];
         }
       }
-  }
-
-  static std::vector<Columns> columns_of(int64_t width) {
-    std::vector<Columns> columns;
-    for (const Range &some : parts_of(width, VECTORS * LANES, LANES))
-      columns.push_back({some, sums_of<Number>(some.length())});
-    return columns;
   }
 
   // Add to a sample's map what a block of one tap gives.

@@ -3,7 +3,7 @@
 The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of some
 64 input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps
 from a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to
-the K kernels and to the routing at once. Of one sample with few positions no block is kept at all (few_positions.cpp).
+the K kernels and to the routing at once. Of one sample with few positions the kernels are read as they lie (one_sample.cpp).
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
 BLOCK, VECTOR = 64, 16  # channels of a block of the kernels, in both directions, and of the widest vector
-MOST_POSITIONS = 16  # of one sample, each with a sum in a register
+MOST_POSITIONS = 64  # of one sample, that are summed in registers at once
 # Numbers of gradients of the K kernels, each of a part of the samples, that threads may sum up beside each other.
 MOST_IN_PARTS = 1 << 22
 
@@ -50,33 +50,33 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
 
 
 def numbers_held(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, training: bool) -> int:
-    """Numbers that are held beside dense maps: the kernels in another order, of one sample's few positions the patches;
-    in training half of that, with the sums of the kernels' gradients, since it is allowed twice as much.
+    """Numbers that are held beside dense maps: the kernels in another order, or what few positions of one sample see;
+    in training half of the kernels and of the sums of their gradients, since it is allowed twice as much.
 
     Each thread takes a block of a map besides, or of several maps that come to 4 MB.
     """
     numbers = math.prod(weight)
-    forward = numbers_of_patches(input, weight, geometry) or numbers
+    forward = numbers_seen(input, weight, geometry) or numbers
     if not training:
         return forward
     return -(-max(forward, numbers + (MOST_IN_PARTS if 2 * numbers <= MOST_IN_PARTS else 0)) // 2)
 
 
-def numbers_of_patches(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
-    """Numbers of what all positions see, if these are of one sample and so few that each weight is multiplied with all
-    that it meets when it is mixed; otherwise none.
-    """
+def numbers_seen(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
+    """Numbers of what all positions see, laid out in whole vectors, if they are few and of one sample."""
     count = math.prod(positions(input, weight, geometry))
-    return count * math.prod(weight[2:]) if input[0] == 1 and count <= MOST_POSITIONS else 0
+    if input[0] != 1 or count > MOST_POSITIONS:
+        return 0
+    return math.prod(weight[2:]) * (count if count < VECTOR else -(-count // VECTOR) * VECTOR)
 
 
 def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    size, patches = _to_allocate(input.shape, weight.shape, geometry)
+    size, seen = _to_allocate(input.shape, weight.shape, geometry)
     output, format = empty_map(input, size), format_of(input)
     input, routing, weight = input.contiguous(memory_format=format), routing.contiguous(), weight.contiguous()
     sizes = _sizes_of(input, weight, geometry)
-    if patches:
-        call("few_positions", sizes, input, routing, weight, input.new_empty(patches), output)
+    if seen:
+        call("one_sample", sizes, input, routing, weight, input.new_empty(seen), output)
     else:
         call("mixed_forward", sizes, input, routing, weight, torch.empty_like(weight), output)
     return output
@@ -84,9 +84,9 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
 
 @remembered
 def _to_allocate(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[tuple[int, ...], int]:
-    """Give the output's size, and ``numbers_of_patches``."""
+    """Give the output's size, and ``numbers_seen``."""
     size = (input[0], weight[1], *positions(input, weight, geometry))
-    return size, numbers_of_patches(input, weight, geometry)
+    return size, numbers_seen(input, weight, geometry)
 
 
 def _backward(

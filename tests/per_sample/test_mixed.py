@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.per_sample import mixed, native, processor
-from dyn_lightning.per_sample.geometry import Geometry, Pair, positions
+from dyn_lightning.per_sample.geometry import Geometry, Pair
 from dyn_lightning.per_sample.mixed import cpp
-from dyn_lightning.per_sample.native import call
 from tests.per_sample.loop import loop
 from tests.tolerances import assert_close
 
@@ -108,40 +106,32 @@ def test_equals_the_loop(
         assert_equals_the_loop(tensors, stride=stride, padding=padding, dilation=dilation)
 
 
-# As SHAPES, of 1, 3, 4, 9, 15 (most of which see zeros alone), 15, 16 and 18 positions.
-FEW = [
+# As SHAPES, of fewer positions than the widest vectors have lanes, as many, and more.
+OF_ONE = [
+    *SHAPES,
     ((1, 1), (1, 1), (0, 0), (1, 1), (1, 1)),
     ((2, 3), (1, 1), (0, 1), (1, 1), (2, 3)),
     ((3, 3), (2, 2), (1, 1), (1, 1), (4, 3)),
     ((3, 2), (2, 3), (1, 3), (1, 2), (5, 5)),
-    ((1, 1), (3, 3), (4, 6), (1, 1), (1, 2)),
-    ((1, 1), (1, 1), (0, 0), (1, 1), (3, 5)),
-    ((1, 1), (2, 2), (1, 1), (1, 1), (5, 6)),
-    ((3, 3), (1, 1), (1, 1), (1, 1), (3, 6)),
+    ((1, 1), (3, 3), (4, 6), (1, 1), (1, 2)),  # most see zeros alone
+    *(((1, 1), (1, 1), (0, 0), (1, 1), size) for size in ((1, 7), (2, 4), (3, 5), (4, 4), (1, 17), (9, 15))),
+    ((3, 3), (1, 1), (1, 1), (1, 1), (12, 13)),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), FEW)
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), OF_ONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_few_positions_of_one_sample(
-    kernel: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    size: Pair,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    geometry = Geometry(stride, padding, dilation, 1)
+def test_one_sample(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype) -> None:
     for channels, kernels, threads in (((16, 16), 1, 1), ((21, 37), 4, 2), ((70, 193), 3, 3), ((137, 161), 2, 16)):
         for layout in LAYOUTS:
             tensors = draw(1, channels, size, kernel, kernels, dtype, layout)
-            called: list[str] = []
-            monkeypatch.setattr(mixed, "call", lambda *given, called=called: [called.append(given[0]), call(*given)])
             with threads_of(threads):
                 assert_equals_the_loop(tensors, stride=stride, padding=padding, dilation=dilation)
-            count = math.prod(positions(tensors[0].shape, tensors[2].shape, geometry))
-            assert ("few_positions" in called) == (count <= 16) == ("mixed_forward" not in called)
+
+
+def test_one_sample_of_more_than_is_seen_at_a_time() -> None:
+    for size in ((2, 2), (5, 6)):
+        assert_equals_the_loop(draw(1, (179, 50), size, (3, 3)), padding=1)  # 1611 numbers
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 7, 13])  # samples whose blocks are mixed together, and those that remain

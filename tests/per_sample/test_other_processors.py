@@ -18,6 +18,7 @@ TESTS = {
     ),
     test_mixed: (
         "test_equals_the_loop",
+        "test_one_sample",
         "test_any_batch_and_number_of_kernels",
         "test_blocks_of_whole_pixels",
         "test_planes_of_whole_vectors",
@@ -31,7 +32,8 @@ def test_other_processors(capability: str, tmp_path: Path) -> None:
     """Run the tests of shapes in a process that compiles for another processor."""
     done = run_tests(tmp_path, ATEN_CPU_CAPABILITY=capability)
     depthwise = 5 * 3 * len(test_depthwise.SHAPES)
-    mixed = 2 * len(test_mixed.SHAPES) * len(test_mixed.CHANNELS) + 6 * 3 + 2 * 2 * 5 + 2 * 4 * 3 * 4 + 4 * 3 * 2
+    mixed = 2 * (len(test_mixed.SHAPES) * len(test_mixed.CHANNELS) + len(test_mixed.OF_ONE))
+    mixed += 6 * 3 + 2 * 2 * 5 + 2 * 4 * 3 * 4 + 4 * 3 * 2
     assert f"{depthwise + mixed} passed" in done.stdout, done.stdout
     assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
 
