@@ -3,7 +3,8 @@
 The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of some
 64 input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps
 from a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to
-the K kernels and to the routing at once. Of one sample with few positions the kernels are read as they lie (one_sample.cpp).
+the K kernels and to the routing at once. Of one sample with few positions kernels are read as they lie
+(one_sample.cpp), otherwise they are brought into another order once.
 """
 
 import ctypes

@@ -358,10 +358,11 @@ class TestMemory:
         for limit, method in ((needed, "matmul"), (needed - 1, "chunked")):
             assert choose_method(x, weight, training=False, max_mixed_bytes=limit) == method
 
-    def test_what_few_positions_see_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("size", "laid_out"), [(2, 4), (7, 64)])
+    def test_what_few_positions_see_counts(self, size: int, laid_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(processor, "_vendor", lambda: "GenuineIntel")
-        shapes: tuple[tuple, ...] = (1, 256, 2, 2), (4, 256, 256, 3, 3)
-        needed = 4 * (4 * 9 * 256)
+        shapes: tuple[tuple, ...] = (1, 256, size, size), (4, 256, 256, 3, 3)
+        needed = 4 * laid_out * 9 * 256
         tensors = [torch.empty(shape) for shape in shapes]
         for limit, method in ((needed, "cpp"), (needed - 1, "chunked")):
             assert choose_method(*tensors, **PADDED, training=False, max_mixed_bytes=limit) == method
