@@ -67,7 +67,8 @@ def dynamic_conv2d(
             down to one sample and 64 output channels (32 in products; or all, with groups). An exported network, which
             others run without us, has no chunks: there nothing may be small enough. Not counted: what a
             convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
-            channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, depthwise
+            channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, for one
+            image with few positions of 24 channels of 768 weights, depthwise
             of three padded maps of as many channels as fit into a vector, 16 in float32), what is copied whatever the
             method is (the input to be padded by ``"same"`` on one side more, or for the pixels that 1x1 kernels with a
             stride see, in channels_last; in training the output to add a bias; a gradient that does not lie as the

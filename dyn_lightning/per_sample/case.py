@@ -83,6 +83,10 @@ class Case(NamedTuple):
         """Positions of the output."""
         return math.prod(positions(self.input, self.weight, self.geometry))
 
+    def is_single(self) -> bool:
+        """Whether it is of one image and one position."""
+        return self.input[0] == 1 and self.positions() == 1  # in this order: a comparison may close an open batch
+
     def mixed_weights(self) -> int:
         """Weights of the B mixed kernels."""
         return self.input[0] * math.prod(self.weight[1:])

@@ -49,14 +49,13 @@ class Costs(NamedTuple):
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
     """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what comes
-    out, the first again where a product has few columns, which it is slow with, and what of both does not stay in
-    caches.
+    out, the first again where a product has few columns, which it is slow with (but not with a vector), and what of
+    both does not stay in caches.
 
     The call of a convolution is not counted: those that were measured take so long that it cannot be told.
     """
     mixed, outputs, call = case.mixed_weights(), case.outputs(), int(case.is_product())
-    vector = case.input[0] == case.positions() == 1  # which one kernel is multiplied with fast
-    few = mixed if case.positions() <= FEW_POSITIONS and not vector else 0
+    few = mixed if case.positions() <= FEW_POSITIONS and not case.is_single() else 0
     large = outputs if case.weight[1] * case.positions() >= LARGE_MAP else 0
     large += mixed if mixed >= LARGE_KERNELS else 0
     return mixed, case.weight[0] * mixed, case.multiply_adds(), call, outputs, few, large
@@ -84,11 +83,11 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
     return sum(cost * count for cost, count in zip(costs, work, strict=True))
 
 
-# By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images). Of
-# one with few positions our C++ is not measured on others' processors: it computed these otherwise when one was there.
+# By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images).
 # Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json`, `layers_again.json` and
 # `layers_k16.json` in `experiments/benchmarks/results/other`: two cores of an x86-64 processor that is not Intel's,
-# float32 (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept.
+# float32 (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept. The runs are older
+# than one_sample.cpp, so they have no times of our C++ for one image with few positions.
 OTHER_COSTS = {
     (True, True, "several"): Costs(
         (1510, 12, 34.1, 136e6, 249, 2150, 438),
@@ -219,8 +218,8 @@ def is_open(case: Case) -> bool:
     CPUs but Intel's, of one image's single position with fewer input than output channels, where K kernels would give
     many sums of few numbers.
     """
-    single = case.input[0] == 1 and case.positions() == 1 and not case.intel
-    return not case.is_depthwise() and not (single and case.weight[1] > case.weight[2])
+    wide = case.weight[1] > case.weight[2] and not case.intel
+    return not case.is_depthwise() and not (wide and case.is_single())
 
 
 def costs_of(case: Case) -> dict[Kind, Costs]:

@@ -3,8 +3,8 @@
 The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of some
 64 input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps
 from a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to
-the K kernels and to the routing at once. Of one sample with few positions kernels are read as they lie
-(one_sample.cpp), otherwise they are brought into another order once.
+the K kernels and to the routing at once. The kernels are brought into another order first, but for the output of one
+sample with few positions (one_sample.cpp).
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
 BLOCK, VECTOR = 64, 16  # channels of a block of the kernels, in both directions, and of the widest vector
-MOST_POSITIONS = 64  # of one sample, that are summed in registers at once
+MOST_POSITIONS = 64  # of one sample, that one_sample.cpp computes: four of the widest vectors
 # Numbers of gradients of the K kernels, each of a part of the samples, that threads may sum up beside each other.
 MOST_IN_PARTS = 1 << 22
 
@@ -52,19 +52,19 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
 
 def numbers_held(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, training: bool) -> int:
     """Numbers that are held beside dense maps: the kernels in another order, or what few positions of one sample see;
-    in training half of the kernels and of the sums of their gradients, since it is allowed twice as much.
+    in training half of the larger of both, with the sums of the kernels' gradients, since it is allowed twice as much.
 
-    Each thread takes a block of a map besides, or of several maps that come to 4 MB.
+    Each thread takes a block of a map besides, or of several maps that come to 4 MB, and blocks of kernels.
     """
-    numbers = math.prod(weight)
-    forward = numbers_seen(input, weight, geometry) or numbers
+    numbers, seen = math.prod(weight), numbers_seen(input, weight, geometry)
     if not training:
-        return forward
-    return -(-max(forward, numbers + (MOST_IN_PARTS if 2 * numbers <= MOST_IN_PARTS else 0)) // 2)
+        return seen or numbers
+    in_parts = MOST_IN_PARTS if input[0] > 1 and 2 * numbers <= MOST_IN_PARTS else 0
+    return -(-max(seen, numbers + in_parts) // 2)
 
 
 def numbers_seen(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:
-    """Numbers of what all positions see, laid out in whole vectors, if they are few and of one sample."""
+    """Numbers of what all positions see, as one_sample.cpp lays it out, or 0 where it does not compute."""
     count = math.prod(positions(input, weight, geometry))
     if input[0] != 1 or count > MOST_POSITIONS:
         return 0
@@ -85,7 +85,7 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
 
 @remembered
 def _to_allocate(input: torch.Size, weight: torch.Size, geometry: Geometry) -> tuple[tuple[int, ...], int]:
-    """Give the output's size, and ``numbers_seen``."""
+    """Give the output's size, and ``numbers_seen``: at once, since on small maps each call in Python would be seen."""
     size = (input[0], weight[1], *positions(input, weight, geometry))
     return size, numbers_seen(input, weight, geometry)
 

@@ -14,16 +14,19 @@ namespace {
 // Output channels of which weights are mixed at once, and what these see of the input at a time: they are to fit into a
 // near cache.
 constexpr int64_t BLOCK = 24, DEPTH = 768;
-constexpr int VECTOR = 16;  // positions that fill the widest vector
-constexpr int64_t LEAST_SHARED = 1 << 14;  // weights among threads, which would be waited for longer than fewer take
+constexpr int VECTOR = 16;  // positions that fill the widest vector, as in Python, which allocates the patches
+constexpr int64_t LEAST_SHARED = 1 << 14;  // weights of all kernels: fewer take less time than to wait for threads
 
 // The sum of a vector's lanes, half with half.
 template <int bytes, typename Number> Number total(const Number *lanes) {
-  constexpr int count = bytes / sizeof(Number) / 2;
-  if constexpr (count == 0) return *lanes;
-  Number sums[count > 0 ? count : 1];
-  for (int i = 0; i < count; i++) sums[i] = lanes[i] + lanes[i + count];
-  return total<bytes / 2>(sums);
+  if constexpr (bytes == sizeof(Number)) {
+    return *lanes;
+  } else {
+    constexpr int half = bytes / sizeof(Number) / 2;
+    Number sums[half];
+    for (int i = 0; i < half; i++) sums[i] = lanes[i] + lanes[i + half];
+    return total<bytes / 2>(sums);
+  }
 }
 
 template <typename Number> class OneSample {
@@ -50,12 +53,13 @@ template <typename Number> class OneSample {
     const auto blocks = parts_of(z.out_channels, (z.out_channels + threads * rounds - 1) / (threads * rounds));
     const int64_t tasks = few ? z.out_channels : blocks.size();
     const bool is_product = count == 1 && inputs == positions && z.above + z.left == 0;
-    const bool as_it_lies = is_product && (z.planes ? pitch == positions && !few : few);
+    const bool as_it_lies = is_product && (few ? !z.planes || positions == 1 : z.planes && pitch == positions);
     const Number *const seen = as_it_lies ? input : patches;
     const bool direct = z.planes && pitch == positions;
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<Number> mixed(few ? 0 : BLOCK * deep), sums(few || direct ? 0 : BLOCK * pitch);
+      const int64_t most = few ? 0 : blocks.back().length();
+      std::vector<Number> mixed(most * deep), sums(direct ? 0 : most * pitch);
       if (!as_it_lies) {
 #pragma omp for
         for (int64_t i = 0; i < z.in_channels; i++) unfold(input, i, patches);
@@ -128,10 +132,11 @@ template <typename Number> class OneSample {
   void multiply_block(const Number *patches, const Number *routing, const Number *weight, Range block, Number *mixed,
                       Number *sums, Number *output) const {
     Number *const to = sums ? sums : output + block.first * positions;
+    const auto columns = columns_of<Number>(pitch);
     for (const Range &depth : parts_of(length, DEPTH)) {
       for (int64_t o = 0; o < block.length(); o++)
         mix_row(routing, weight + (block.first + o) * length + depth.first, depth.length(), mixed + o * deep);
-      for (const auto &[some, most] : columns_of<Number>(pitch))
+      for (const auto &[some, most] : columns)
         for (int64_t tiles = (block.length() + most - 1) / most, tile = 0, first = 0, last; tile < tiles;
              tile++, first = last) {
           last = block.length() * (tile + 1) / tiles;

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +21,7 @@ from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
 from dyn_lightning.per_sample import mixed, native, processor
 from dyn_lightning.per_sample.geometry import Geometry, Pair
-from dyn_lightning.per_sample.mixed import cpp
+from dyn_lightning.per_sample.mixed import cpp, numbers_held
 from tests.per_sample.loop import loop
 from tests.tolerances import assert_close
 
@@ -115,23 +116,19 @@ OF_ONE = [
     ((3, 2), (2, 3), (1, 3), (1, 2), (5, 5)),
     ((1, 1), (3, 3), (4, 6), (1, 1), (1, 2)),  # most see zeros alone
     *(((1, 1), (1, 1), (0, 0), (1, 1), size) for size in ((1, 7), (2, 4), (3, 5), (4, 4), (1, 17), (9, 15))),
-    ((3, 3), (1, 1), (1, 1), (1, 1), (12, 13)),
+    *(((3, 3), (1, 1), (1, 1), (1, 1), size) for size in ((2, 2), (4, 4), (7, 7), (8, 8), (5, 13))),
 ]
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), OF_ONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_sample(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype) -> None:
-    for channels, kernels, threads in (((16, 16), 1, 1), ((21, 37), 4, 2), ((70, 193), 3, 3), ((137, 161), 2, 16)):
+    # Of the last ones 3x3 kernels have more weights than are mixed at once, of the first there are fewer than threads.
+    for channels, kernels, threads in (((16, 16), 1, 20), ((21, 37), 4, 1), ((70, 193), 3, 3), ((137, 161), 2, 2)):
         for layout in LAYOUTS:
             tensors = draw(1, channels, size, kernel, kernels, dtype, layout)
             with threads_of(threads):
                 assert_equals_the_loop(tensors, stride=stride, padding=padding, dilation=dilation)
-
-
-def test_one_sample_of_more_than_is_seen_at_a_time() -> None:
-    for size in ((2, 2), (5, 6)):
-        assert_equals_the_loop(draw(1, (179, 50), size, (3, 3)), padding=1)  # 1611 numbers
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 7, 13])  # samples whose blocks are mixed together, and those that remain
@@ -234,25 +231,28 @@ def test_first_and_second_derivatives() -> None:
     assert gradgradcheck(lambda *tensors: cpp(*tensors, geometry), small)
 
 
-def test_tensors_that_are_not_dense() -> None:
-    x, routing, weight = draw(4)
+@pytest.mark.parametrize("batch", [2, 4])  # of one sample, or two, every other one
+def test_tensors_that_are_not_dense(batch: int) -> None:
+    x, routing, weight = draw(batch)
     tensors = (x[::2, :, ::2], routing[::2], weight.mT.contiguous().mT)
     outputs = by_cpp(*tensors, padding=1), loop(*tensors, padding=1)
     assert_close(*outputs)
     assert_close(*(torch.autograd.grad(y.sum(), (x, routing, weight)) for y in outputs))  # of an expanded gradient
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pixels_that_no_kernel_sees_need_not_be_numbers(layout: torch.memory_format) -> None:
-    x, *others = draw(size=(8, 8), layout=layout)
+def test_pixels_that_no_kernel_sees_need_not_be_numbers(layout: torch.memory_format, batch: int) -> None:
+    x, *others = draw(batch, size=(8, 8), layout=layout)
     x.detach()[..., -1] = torch.inf
     y = by_cpp(x, *others, stride=2)
     assert all(found.isfinite().all() for found in (y, *torch.autograd.grad(y.sum(), (x, *others))))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_numbers_that_are_none_reach_those_that_they_touch(layout: torch.memory_format) -> None:
-    x, *others = draw(2, layout=layout)
+def test_numbers_that_are_none_reach_those_that_they_touch(layout: torch.memory_format, batch: int) -> None:
+    x, *others = draw(batch, layout=layout)
     x.detach()[0, 3, 2, 2] = torch.nan
     found, expected = by_cpp(x, *others, padding=1), loop(x, *others, padding=1)
     assert torch.equal(found.isnan(), expected.isnan())
@@ -279,10 +279,12 @@ def test_compiled_to_one_graph(dynamic: bool) -> None:
 
 def test_auto_is_compiled_with_an_open_batch() -> None:
     torch.compiler.reset()
-    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="aot_eager")
-    for batch in (3, 5, 9):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend=counter)
+    for batch in (3, 64, 9):  # the second is the number of positions
         tensors = draw(batch, (64, 64), (8, 8), dtype=torch.float32)
         assert_close(compiled(*tensors, padding=1), dynamic_conv2d(*tensors, padding=1))
+    assert counter.frame_count == 2  # of a batch of 3, and of any
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -398,6 +400,21 @@ def test_memory_of_a_training_step() -> None:
     mixed_kernels, kernels = 4 * 32 * 256 * 256 * 9, 4 * weight.numel()
     assert peak("grouped") > 2 * mixed_kernels
     assert peak("cpp") < 2 * kernels + mixed_kernels / 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "kernels", "training", "expected"),
+    [
+        (1, 1, False, 64 * 64),  # what 49 positions see, in whole vectors
+        (1, 1, True, 64 * 64 // 2),  # more than the kernels
+        (1, 9, True, 9 * 16 * 64 // 2),
+        (2, 1, False, 16 * 64),
+        (2, 1, True, (16 * 64 + mixed.MOST_IN_PARTS) // 2),
+    ],
+)
+def test_numbers_that_are_held(batch: int, kernels: int, training: bool, expected: int) -> None:
+    shapes = (batch, 64, 7, 7), (kernels, 16, 64, 1, 1)
+    assert numbers_held(*shapes, Geometry((1, 1), (0, 0), (1, 1), 1), training) == expected
 
 
 class TestAuto:
