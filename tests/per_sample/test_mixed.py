@@ -277,12 +277,13 @@ def test_compiled_to_one_graph(dynamic: bool) -> None:
         assert_close(*(torch.autograd.grad(out.square().sum(), tensors) for out in (y, expected)))
 
 
-def test_auto_is_compiled_with_an_open_batch() -> None:
+@pytest.mark.parametrize("size", [(8, 8), (2, 2)])
+def test_auto_is_compiled_with_an_open_batch(size: Pair) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend=counter)
-    for batch in (3, 64, 9):  # the second is the number of positions
-        tensors = draw(batch, (64, 64), (8, 8), dtype=torch.float32)
+    for batch in (3, size[0] * size[1], 9):  # also as many images as positions
+        tensors = draw(batch, (64, 64), size, dtype=torch.float32, layout=torch.contiguous_format)
         assert_close(compiled(*tensors, padding=1), dynamic_conv2d(*tensors, padding=1))
     assert counter.frame_count == 2  # of a batch of 3, and of any
 
