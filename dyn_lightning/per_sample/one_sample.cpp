@@ -140,7 +140,7 @@ template <typename Number> class OneSample {
         for (int64_t tiles = (block.length() + most - 1) / most, tile = 0, first = 0, last; tile < tiles;
              tile++, first = last) {
           last = block.length() * (tile + 1) / tiles;
-          adding<Number>(last - first, some.length())(
+          of_last<Number, BYTES>(last - first, some.length() / LANES)(  // in whole vectors
               {mixed + first * deep, deep, 1, 0}, {patches + depth.first * pitch + some.first, pitch, 0},
               {1, depth.length(), some.length(), depth.first == 0}, to + first * pitch + some.first, pitch);
         }
