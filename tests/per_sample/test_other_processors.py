@@ -27,7 +27,7 @@ TESTS = {
 }
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
 def test_other_processors(capability: str, tmp_path: Path) -> None:
     """Run the tests of shapes in a process that compiles for another processor."""
     done = run_tests(tmp_path, ATEN_CPU_CAPABILITY=capability)
