@@ -68,12 +68,12 @@ def dynamic_conv2d(
             others run without us, has no chunks: there nothing may be small enough. Not counted: what a
             convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
             channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, for one
-            image with few positions of 24 channels of 768 weights, depthwise
-            of three padded maps of as many channels as fit into a vector, 16 in float32), what is copied whatever the
-            method is (the input to be padded by ``"same"`` on one side more, or for the pixels that 1x1 kernels with a
-            stride see, in channels_last; in training the output to add a bias; a gradient that does not lie as the
-            output does), and what second derivatives, forward mode, function transforms, ``torch.jit.trace`` and
-            complex numbers take, for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all kernels at once.
+            image with few positions of 24 output channels with 768 weights each, depthwise of three padded maps of as
+            many channels as fit into a vector, 16 in float32), what is copied whatever the method is (the input to be
+            padded by ``"same"`` on one side more, or for the pixels that 1x1 kernels with a stride see, in
+            channels_last; in training the output to add a bias; a gradient that does not lie as the output does), and
+            what second derivatives, forward mode, function transforms, ``torch.jit.trace`` and complex numbers take,
+            for which ``"chunked"``, ``"cpp"`` and ``"triton"`` mix all kernels at once.
 
     Returns:
         ``(B, C_out, H', W')`` with H' and W' as ``torch.nn.functional.conv2d`` gives them.
