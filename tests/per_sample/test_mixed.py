@@ -123,8 +123,8 @@ OF_ONE = [
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "size"), OF_ONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_sample(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, size: Pair, dtype: torch.dtype) -> None:
-    # With more threads than output channels, and weights enough that they share the work; with fewer of 1x1 kernels than
-    # that; and with more of 3x3 kernels than are mixed at once.
+    # With more threads than output channels, and weights enough that they share the work; with fewer weights of 1x1
+    # kernels than that; and with more of 3x3 kernels than are mixed at once.
     for channels, kernels, threads in (((16, 16), 64, 20), ((21, 37), 4, 2), ((137, 161), 2, 3)):
         for layout in LAYOUTS:
             tensors = draw(1, channels, size, kernel, kernels, dtype, layout)
