@@ -18,7 +18,7 @@ from dyn_lightning.per_sample.fastest import fastest
 from dyn_lightning.per_sample.layout import layout_of
 from dyn_lightning.per_sample.methods import mix_kernels
 from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
-from dyn_lightning.per_sample.tracing import is_transformed, remembered
+from dyn_lightning.per_sample.tracing import are_fixed, export, is_transformed, remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
@@ -106,9 +106,13 @@ def dynamic_conv2d(
         input, weight, routing = _as_autocast(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     layout = layout_of(input)
-    decide = _decide if compiling else _decided
+    if compiling:
+        method = "auto" if method == "benchmark" else method
+        decide = _decide_for_compiler
+    else:
+        method, decide = INSTEAD.get() or method, _decided
     plan, case, taken = decide(
-        method if compiling else INSTEAD.get() or method,
+        method,
         max_mixed_bytes,
         input.shape,
         routing.shape,
@@ -124,12 +128,13 @@ def dynamic_conv2d(
         device,
         training,
         is_freed_memory_kept(),
+        export() if compiling else "",
         () if compiling else _types(stride, padding, dilation, groups, max_mixed_bytes),
     )
     if plan.reduces:
         input, weight = reduced(input, weight, plan)
     if taken == "benchmark":
-        taken = choose(case) if compiling else fastest(input, routing, weight, case)
+        taken = fastest(input, routing, weight, case)
     if not compiling and (note := NOTE.get()):
         note(taken)
     output = run(taken, input, routing, weight, case)
@@ -184,7 +189,7 @@ def choose_method(
     plan = _checked_plan(
         input.shape, input.dtype, weight.shape, weight.dtype, stride, padding, dilation, groups, training
     )
-    rest = (device, training, max_mixed_bytes, is_freed_memory_kept())
+    rest = (device, training, max_mixed_bytes, is_freed_memory_kept(), export())
     return choose(case_of(plan, layout_of(input), input.dtype, *rest))
 
 
@@ -216,6 +221,7 @@ def _decide(
     device: str,
     training: bool,
     keeps_memory: bool,
+    exported: str,
     types: tuple[Any, ...],
 ) -> tuple[Plan, Case, str]:
     """Check all arguments and choose a method.
@@ -235,11 +241,27 @@ def _decide(
         )
     if bias is not None and bias != (kernels, out_channels):
         raise ValueError(f"bias of shape {tuple(bias)} must be (K, C_out) = ({kernels}, {out_channels})")
-    case = case_of(plan, layout, dtype, device, training, max_mixed_bytes, keeps_memory)
+    case = case_of(plan, layout, dtype, device, training, max_mixed_bytes, keeps_memory, exported)
     return plan, case, choose(case) if method == "auto" or input[0] == 0 else method
 
 
 _decided = remembered(_decide)
+
+
+def _decide_for_compiler(*arguments: Any) -> tuple[Plan, Case, str]:
+    """Decide as if that gave a constant, where no size is open: a compiler that looks into it looks again, before each
+    call of a layer, at all that it saw there. It looks into errors, so that they stay what they are.
+    """
+    shapes = arguments[2:5]
+    return (are_fixed(*shapes) and _as_constant(*arguments)) or _decide(*arguments)
+
+
+@torch.compiler.assume_constant_result
+def _as_constant(*arguments: Any) -> tuple[Plan, Case, str] | None:
+    try:
+        return _decide(*arguments)
+    except ValueError:
+        return None
 
 
 def _checked_plan(

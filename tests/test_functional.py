@@ -8,6 +8,7 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dyn_lightning import functional
@@ -265,6 +266,33 @@ def test_transforms_are_compiled(method: str) -> None:
     for transform in (derivative, gradient, several):
         torch.compiler.reset()
         assert_close(torch.compile(transform, fullgraph=True, backend="aot_eager")(input), transform(input))
+
+
+@pytest.mark.skipif(not hasattr(symbolic_shapes, "has_static_value"), reason="torch 2.7 says which sizes are open")
+@pytest.mark.parametrize("method", ["auto", "benchmark"])
+def test_a_compiler_does_not_look_into_the_choice(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it looks again, before each call, at all that it saw there. What is taken is the same."""
+    seen: list[tuple[bool, str]] = []
+    decide = functional._decide
+
+    def watched(*arguments: Any) -> Any:
+        found = decide(*arguments)
+        seen.append((torch.compiler.is_dynamo_compiling(), found[2]))
+        return found
+
+    monkeypatch.setattr(functional, "_decide", watched)
+    torch.compiler.reset()
+    tensors = torch.randn(32, 64, 9, 9), torch.rand(32, 3), torch.randn(3, 64, 64, 3, 3)
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="eager")
+    assert_close(compiled(*tensors, method=method), dynamic_conv2d(*tensors))
+    assert seen == [(False, choose_method(tensors[0], tensors[2], training=False))]
+
+
+def test_a_compiled_call_has_errors_of_its_own_kind() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(dynamic_conv2d, backend="eager")
+    with pytest.raises(ValueError, match=re.escape("routing of shape (2, 3) must be (B, K) = (2, 4)")):
+        compiled(torch.randn(2, 8, 5, 5), torch.rand(2, 3), torch.randn(4, 6, 8, 1, 1))
 
 
 def test_open_sizes_can_be_traced() -> None:

@@ -11,7 +11,6 @@ from dyn_lightning.per_sample.methods import are_few, mixes_rows, multiplies
 from dyn_lightning.per_sample.mixed import numbers_held, why_not
 from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.per_sample.reduction import Plan
-from dyn_lightning.per_sample.tracing import in_strict_export, in_traced_export
 
 # Positions of the output up to which unfolding the input takes less time than laying out B mixed kernels to convolve:
 # this many, or this part of the output channels.
@@ -35,6 +34,7 @@ class Case(NamedTuple):
     max_mixed_bytes: int
     keeps_memory: bool  # whether memory that is freed stays with the process
     intel: bool  # whether it is computed on a processor of Intel's
+    exported: str = ""  # "strict" or "traced", while a network is exported
 
     def bytes_of(self, numbers: int) -> int:
         """Bytes that so many numbers take."""
@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
     def has_room_for_rows(self) -> bool:
         """Whether chunks are taken of the unfolded input: with as much room again for the chunks."""
-        if in_strict_export() or self.input[0] == 1:  # a comparison would close what is left open of the batch
+        if self.exported == "strict" or self.input[0] == 1:  # a comparison would close what is left open of the batch
             return False
         return self.unfolds() and 2 * self.bytes_of_rows() <= self.allowed()
 
@@ -160,19 +160,18 @@ def case_of(
     training: bool = True,
     max_mixed_bytes: int = MAX_MIXED_BYTES,
     keeps_memory: bool = False,
+    exported: str = "",
 ) -> Case:
     """Say all that the choice of a method depends on, of a convolution brought to the least that is to be computed."""
     # Padded, a map is dense; without the pixels that no kernel sees, only where it is copied to be channels_last.
     dense = layout == "channels_last" or (plan.step == (1, 1) and (layout == "contiguous" or bool(plan.zeros)))
     images, kernels = plan.input, plan.weight
-    if in_traced_export():
+    if exported == "traced":
         images, kernels = _hints(images), _hints(kernels)
     last = layout == "channels_last"
-    rest = (dtype, device, last, dense, training, max_mixed_bytes)
     on_cpu = device == "cpu"
-    return Case(
-        images, kernels, plan.geometry, *rest, keeps_memory=on_cpu and keeps_memory, intel=on_cpu and is_intel()
-    )
+    rest = (dtype, device, last, dense, training, max_mixed_bytes, on_cpu and keeps_memory, on_cpu and is_intel())
+    return Case(images, kernels, plan.geometry, *rest, exported)
 
 
 def _hints(shape: tuple[int, ...]) -> tuple[int, ...]:

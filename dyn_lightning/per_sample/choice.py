@@ -7,7 +7,6 @@ from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.case import Case
 from dyn_lightning.per_sample.methods import FEW_POSITIONS
 from dyn_lightning.per_sample.mixed import MOST_POSITIONS
-from dyn_lightning.per_sample.tracing import in_export, in_strict_export
 
 # Where freed memory is not kept, a larger tensor than about this is fetched from the system, page by page, each time,
 # and chunks are faster. With a backward pass they mix the kernels twice, K multiply-adds a weight: from so many bytes
@@ -186,7 +185,7 @@ def choose(case: Case) -> str:
     """Name the method with the least cost, from shapes, type, kind of device, whether the CPU is Intel's, and whether
     the process keeps freed memory and has our C++, alone: all DDP ranks on equal machines take the same.
     """
-    if in_strict_export():  # a comparison would close what is left open of the batch
+    if case.exported == "strict":  # a comparison would close what is left open of the batch
         return "matmul" if case.is_product() else "grouped"
     if case.input[0] == 0:
         return "mixture"  # a convolution cannot have 0 groups
@@ -210,7 +209,7 @@ def first_within(case: Case, within: list[str]) -> str:
     first = mixed_first(case)
     if first in within:
         return first
-    return next(iter(within), first) if in_export() else "chunked"  # what others run without us has no chunks of ours
+    return next(iter(within), first) if case.exported else "chunked"  # what others run without us has no chunks of ours
 
 
 def is_open(case: Case) -> bool:
@@ -247,7 +246,7 @@ def mixed_first(case: Case) -> str:
 
 def chunks_are_faster(case: Case) -> bool:
     """Tell whether mixing all at once makes such large tensors that chunks, which do not, are faster."""
-    if case.keeps_memory or case.is_ours() or in_export():
+    if case.keeps_memory or case.is_ours() or case.exported:
         return False  # chunks save fetching memory from the system, and mix a second time; others have no chunks
     mixed = case.bytes_of(case.mixed_weights())
     # A product reads and writes the maps where they belong.
@@ -259,7 +258,7 @@ def chunks_are_faster(case: Case) -> bool:
 
 def multiplies_one(case: Case) -> bool:
     """Tell whether one image's depthwise convolution takes longer to begin than a product with the unfolded image."""
-    if case.device == "cpu" and not in_export() and (case.channels_last or case.is_ours()):
+    if case.device == "cpu" and not case.exported and (case.channels_last or case.is_ours()):
         return False
     return case.patches() <= FEW_PATCHES
 
@@ -273,10 +272,10 @@ def methods_within(case: Case) -> list[str]:
         for name, numbers in case.held().items()
         if _serves(name, case) and case.bytes_of(numbers) <= case.allowed()
     ]
-    return found if in_export() else [*found, "chunked"]
+    return found if case.exported else [*found, "chunked"]
 
 
 def _serves(name: str, case: Case) -> bool:
     if name == "cpp":
-        return not in_export() and case.is_mixed_in_cpp()
-    return name != "triton" or (case.device == "cuda" and has_triton() and not in_export())
+        return not case.exported and case.is_mixed_in_cpp()
+    return name != "triton" or (case.device == "cuda" and has_triton() and not case.exported)

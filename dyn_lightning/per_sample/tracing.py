@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MOST_REMEMBERED = 4096  # sets of arguments; what comes after them begins anew
@@ -73,6 +74,17 @@ def in_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def are_fixed(*shapes: tuple[int, ...]) -> bool:
+    """Tell whether a compiler leaves no size open, as far as it says (from torch 2.7 on)."""
+    if not hasattr(symbolic_shapes, "has_static_value"):
+        return False
+    for shape in shapes:
+        for size in shape:
+            if not symbolic_shapes.has_static_value(size):
+                return False
+    return True
+
+
 def is_one(batch: int) -> bool:
     """Tell whether a batch is of one image. While a network is exported it is said to be of several, since to compare
     would close what is left open of the batch; a tracer's sizes are tensors.
@@ -91,6 +103,11 @@ def in_traced_export() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
+def export() -> str:
+    """Say how a network is exported, with sizes that may be left open: "strict", "traced", or "" if it is not."""
+    return "strict" if in_strict_export() else "traced" if in_traced_export() else ""
+
+
 def in_export() -> bool:
-    """Tell whether a network is exported in either way, with sizes that may be left open."""
-    return in_strict_export() or in_traced_export()
+    """Tell whether a network is exported in either way."""
+    return export() != ""
