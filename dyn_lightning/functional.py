@@ -18,7 +18,7 @@ from dyn_lightning.per_sample.fastest import fastest
 from dyn_lightning.per_sample.layout import layout_of
 from dyn_lightning.per_sample.methods import mix_kernels
 from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
-from dyn_lightning.per_sample.tracing import are_fixed, export, is_transformed, remembered
+from dyn_lightning.per_sample.tracing import are_constant, export, is_transformed, remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
@@ -253,7 +253,7 @@ def _decide_for_compiler(*arguments: Any) -> tuple[Plan, Case, str]:
     call of a layer, at all that it saw there. It looks into errors, so that they stay what they are.
     """
     shapes = arguments[2:5]
-    return (are_fixed(*shapes) and _as_constant(*arguments)) or _decide(*arguments)
+    return (are_constant(*shapes) and _as_constant(*arguments)) or _decide(*arguments)
 
 
 @torch.compiler.assume_constant_result

@@ -351,12 +351,28 @@ def test_modes_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     if not which("c++"):
         pytest.skip("inductor needs a C++ compiler")
     monkeypatch.setattr(modes, "SHAPES", [(4, 8, 3, 1, 1, 1, 4)])
+    monkeypatch.setattr(modes, "WHOLE", [])
     main(["modes", "--rounds", "1", "--batch", "2"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["modes"]
     assert [row["layer"] for row in rows] == ["dynamic", "static"]
     for row in rows:
         assert set(row["milliseconds"]) == {"plain", "again", "channels_last", "bfloat16", "compiled"}
         assert row["ratios"].keys() == row["milliseconds"].keys() - {"plain"}
+
+
+@pytest.mark.slow
+def test_modes_of_networks_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(modes, "SHAPES", [])
+    monkeypatch.setattr(modes, "WHOLE", [("ResNet-18", 32)])
+    main(["modes", "--rounds", "1", "--batch", "2", "--kernels", "2"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["modes"]
+    assert [(row["network"], row["size"], row["layers"]) for row in rows] == [
+        ("ResNet-18", 32, "dynamic"),
+        ("ResNet-18", 32, "static"),
+    ]
+    for row in rows:
+        assert set(row["milliseconds"]) == set(row["spread"]) == set(modes.MODES)
+        assert row["ratios"]["compiled"] == round(row["milliseconds"]["compiled"] / row["milliseconds"]["plain"], 3)
 
 
 def test_a_ratio_is_of_the_times_in_the_same_round() -> None:

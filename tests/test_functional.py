@@ -8,13 +8,13 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dyn_lightning import functional
 from dyn_lightning.checks import as_pair
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
+from dyn_lightning.per_sample import tracing
 from dyn_lightning.per_sample.by_name import METHODS
 from tests.contract import GEOMETRIES
 from tests.per_sample.loop import assert_equals_the_loop, draw, loop
@@ -268,7 +268,7 @@ def test_transforms_are_compiled(method: str) -> None:
         assert_close(torch.compile(transform, fullgraph=True, backend="aot_eager")(input), transform(input))
 
 
-@pytest.mark.skipif(not hasattr(symbolic_shapes, "has_static_value"), reason="torch 2.7 says which sizes are open")
+@pytest.mark.skipif(not tracing.KEEPS_CONSTANTS, reason="this torch's compiler cannot use it")
 @pytest.mark.parametrize("method", ["auto", "benchmark"])
 def test_a_compiler_does_not_look_into_the_choice(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it looks again, before each call, at all that it saw there. What is taken is the same."""

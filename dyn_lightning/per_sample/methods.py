@@ -90,7 +90,8 @@ Method = Callable[..., Tensor]  # of input, routing, weight and geometry
 
 def multiplies(weight: tuple[int, ...], geometry: Geometry) -> bool:
     """Tell whether a sample's convolution is one matrix product with the sample as it lies in memory."""
-    return weight[-2:] == (1, 1) and geometry == Geometry((1, 1), (0, 0), geometry.dilation, 1)
+    plain = geometry.stride == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+    return weight[-2:] == (1, 1) and plain
 
 
 def mixes_rows(weight: tuple[int, ...], geometry: Geometry, positions: int) -> bool:

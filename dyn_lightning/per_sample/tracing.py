@@ -6,9 +6,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.torch_version import TorchVersion
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+# Whether a compiler can compare what is in a constant's tuples: that of torch 2.10 cannot, later ones were not tried.
+KEEPS_CONSTANTS = torch.__version__ >= TorchVersion("2.14")
 MOST_REMEMBERED = 4096  # sets of arguments; what comes after them begins anew
 
 
@@ -74,13 +77,13 @@ def in_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def are_fixed(*shapes: tuple[int, ...]) -> bool:
-    """Tell whether a compiler leaves no size open, as far as it says (from torch 2.7 on)."""
-    if not hasattr(symbolic_shapes, "has_static_value"):
+def are_constant(*shapes: tuple[int, ...]) -> bool:
+    """Tell whether what is computed of shapes can be a constant to a compiler: where it leaves no size open."""
+    if not KEEPS_CONSTANTS:
         return False
     for shape in shapes:
         for size in shape:
-            if not symbolic_shapes.has_static_value(size):
+            if not has_static_value(size):
                 return False
     return True
 
@@ -94,8 +97,8 @@ def is_one(batch: int) -> bool:
 
 def in_strict_export() -> bool:
     """Tell whether ``torch.export.export(..., strict=True)`` runs, which knows no example of an open size."""
-    exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 has it
-    return torch.compiler.is_dynamo_compiling() and exporting()
+    # What `torch.compiler.is_exporting` reads, which to the compiler of torch 2.10 and before is always True.
+    return torch.compiler.is_dynamo_compiling() and torch.compiler._is_exporting_flag
 
 
 def in_traced_export() -> bool:

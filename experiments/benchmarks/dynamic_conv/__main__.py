@@ -9,9 +9,9 @@ Side by side in one run, interleaved, medians. ``layers``: each layer shape of M
 EfficientNet-B0 at 224 and 32 px (forward and backward pass of a batch of 32, forward pass of 32 and of 1; no router, no
 optimizer). ``networks``: these networks whole (training step with SGD of a batch of 32, forward pass of 32 and of 1).
 Both with the peak memory of tensors. ``growth``: the training step of ResNet-18 at 32 px over K and the batch, and
-what explains it. ``modes``: single layers in channels_last, in bfloat16 and compiled. ``layers`` takes a quarter of an
-hour on two cores, ``growth`` and ``modes`` a few minutes, ``networks`` the longest. Prints tables, draws a plot of each
-of the first three parts into ``--out``, and ends with one line of JSON.
+what explains it. ``modes``: single layers, and training steps of networks, in channels_last, in bfloat16 and compiled.
+``layers`` takes a quarter of an hour on two cores, ``growth`` and ``modes`` some minutes, ``networks`` the longest.
+Prints tables, draws a plot of each of the first three parts into ``--out``, and ends with one line of JSON.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
 from experiments.benchmarks.dynamic_conv.layers import JOBS as LAYER_JOBS
 from experiments.benchmarks.dynamic_conv.layers import ROUNDS_OF_ONE, SIZES, Shape, layers, shapes
-from experiments.benchmarks.dynamic_conv.modes import modes
+from experiments.benchmarks.dynamic_conv.modes import ROUNDS_OF_LAYERS, modes
 from experiments.benchmarks.dynamic_conv.networks import JOBS, NETWORKS, networks, prepare
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import versions
@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all if none is named")
     parser.add_argument(
-        "--rounds", type=count, default=5, help=f"repetitions (layers: of one image {ROUNDS_OF_ONE} times as many)"
+        "--rounds",
+        type=count,
+        default=5,
+        help=f"repetitions (layers: of one image {ROUNDS_OF_ONE} times as many, modes: of layers {ROUNDS_OF_LAYERS} times)",
     )
     parser.add_argument("--passes", type=count, default=1, help="over all layers, of which the median is given as well")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
@@ -61,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="of layers, as in,out,kernel,stride,padding,groups,map; all if none is named",
     )
     parser.add_argument("--channels_last", action="store_true", help="of all but modes")
+    parser.add_argument("--compiled", action="store_true", help="by torch.compile; of networks and growth")
     parser.add_argument("--out", type=Path, help="folder for the plots and the JSON")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - set(PARTS))
@@ -68,9 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"parts {unknown} do not exist, choose of {[*PARTS]}")
     options.threads = torch.get_num_threads()
     prepare(options)
-    settings = {
-        name: getattr(options, name) for name in ("dtype", "batch", "kernels", "rounds", "passes", "channels_last")
-    }
+    names = ("dtype", "batch", "kernels", "rounds", "passes", "channels_last", "compiled")
+    settings = {name: getattr(options, name) for name in names}
     options.dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     state = git_state() or {"commit": "", "diff": ""}

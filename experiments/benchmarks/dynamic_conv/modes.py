@@ -1,12 +1,15 @@
-"""Single layers, forward and backward, as they are, in channels_last, in bfloat16 and compiled.
+"""Single layers, forward and backward, and training steps of whole networks, as they are, in channels_last, in
+bfloat16 and compiled.
 
-In bfloat16 under autocast, of maps in bfloat16, as a network's layers have them, but for the first. The layer as it is
-is measured twice, as "plain" and, with numbers of its own, as "again": what they differ by is chance. A ratio is the
-median of those to plain's time in the same round, since a machine's speed changes from minute to minute.
+In bfloat16 under autocast; single layers of maps in bfloat16, as a network's layers have them, but for the first. What
+is measured as it is is measured twice, as "plain" and, with numbers of its own, as "again": what they differ by is
+chance. A layer's ratio is the median of those to plain's time in the same round, since a machine's speed changes from
+minute to minute; a network's is that of the medians of all steps, in a process for each mode (see ``networks``).
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from dyn_lightning.layers import DynamicConv2d
 from experiments.benchmarks.dynamic_conv.layers import Shape
+from experiments.benchmarks.dynamic_conv.networks import Stepping, spread
 from experiments.benchmarks.timing import in_turn, medians, milliseconds
 
 SHAPES: list[Shape] = [
@@ -26,15 +30,27 @@ SHAPES: list[Shape] = [
     (960, 160, 1, 1, 0, 1, 7),
     (144, 144, 3, 1, 1, 144, 56),
 ]
+WHOLE = [("MobileNetV2 x0.5", 224), ("MobileNetV2", 32), ("ResNet-18", 32)]  # networks, and pixels of their images
+MODES = ("plain", "again", "channels_last", "bfloat16", "compiled")
+ROUNDS_OF_LAYERS = 6  # times those of networks, since a layer takes some milliseconds
 
 
 def modes(options: Any) -> list[dict[str, Any]]:
-    """Measure the training step of single layers as they are, in channels_last, in bfloat16 and compiled."""
-    results = []
-    names = ("plain", "again", "channels_last", "bfloat16", "compiled")
+    """Measure single layers and whole networks as they are, in channels_last, in bfloat16 and compiled."""
     print("\nmilliseconds of a forward and backward pass of DynamicConv2d, then relative to it, and nn.Conv2d likewise")
-    heads = "".join(f"{name:>14}" for name in names[1:])
-    print(f"{'in, out, kernel, stride, padding, groups, map':48}{'':>8}{'plain':>9}{heads}")
+    print(_row("in, out, kernel, stride, padding, groups, map", "", "plain", MODES[1:]))
+    layers = _layers(options)
+    print("\nmilliseconds of a training step of a network of them, then relative to it, and with nn.Conv2d likewise")
+    print(_row("network", "", "plain", MODES[1:]))
+    return layers + [row for network, size in WHOLE for row in _network(network, size, options)]
+
+
+def _row(name: str, kind: str, plain: str, others: Sequence[str]) -> str:
+    return f"{name:48}{kind:>8}{plain:>9}" + "".join(f"{other:>14}" for other in others)
+
+
+def _layers(options: Any) -> list[dict[str, Any]]:
+    results = []
     for shape in SHAPES:
         in_channels, out_channels, *geometry, groups, pixels = shape
         arguments = (in_channels, out_channels, *geometry, 1, groups, False)
@@ -54,13 +70,42 @@ def modes(options: Any) -> list[dict[str, Any]]:
             }
             for function in passes.values():
                 function()
-            times = in_turn(partial(_milliseconds, passes, options.device), names, options.rounds)
-            ratios = {name: round(ratio(times[name], times["plain"]), 3) for name in names[1:]}
+            times = in_turn(partial(_milliseconds, passes, options.device), MODES, ROUNDS_OF_LAYERS * options.rounds)
+            ratios = {mode: round(ratio(times[mode], times["plain"]), 3) for mode in MODES[1:]}
             taken = medians(times)
-            columns = "".join(f"{ratios[name]:14.2f}" for name in names[1:])
-            print(f"{shape!s:48}{kind:>8}{taken['plain']:9.2f}{columns}", flush=True)
+            _print(str(shape), kind, taken["plain"], ratios)
             results.append({"shape": shape, "layer": kind, "milliseconds": taken, "ratios": ratios})
     return results
+
+
+def _network(network: str, size: int, options: Any) -> list[dict[str, Any]]:
+    with ExitStack() as stack:
+        stepping = {}
+        for kind, method in (("dynamic", "auto"), ("static", "static")):
+            for mode in MODES:
+                settings = (network, method, options.kernels, size, options.batch, True, _in_mode(options, mode))
+                stepping[f"{kind}, {mode}"] = stack.enter_context(Stepping(*settings))
+        steps = in_turn(lambda name: stepping[name].times("auto"), [*stepping], options.rounds)
+    results = []
+    for kind in ("dynamic", "static"):
+        of_kind = {mode: steps[f"{kind}, {mode}"] for mode in MODES}
+        taken = medians(of_kind)
+        ratios = {mode: round(taken[mode] / taken["plain"], 3) for mode in MODES[1:]}
+        _print(f"{network}, {size} px", kind, taken["plain"], ratios)
+        about = {"network": network, "size": size, "layers": kind, "batch": options.batch}
+        results.append({**about, "milliseconds": taken, "ratios": ratios, "spread": spread(of_kind)})
+    return results
+
+
+def _in_mode(options: Any, mode: str) -> Any:
+    options = copy.copy(options)
+    options.dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+    options.channels_last, options.compiled = mode == "channels_last", mode == "compiled"
+    return options
+
+
+def _print(name: str, kind: str, plain: float, ratios: Mapping[str, float]) -> None:
+    print(_row(name, kind, f"{plain:.2f}", [f"{ratio:.2f}" for ratio in ratios.values()]), flush=True)
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:

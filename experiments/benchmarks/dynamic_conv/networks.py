@@ -86,6 +86,8 @@ def make_step(model: nn.Module, batch: int, training: bool, size: int, options: 
     model = model.to(options.device).train(training)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if options.compiled:
+        model = torch.compile(model)  # type: ignore[assignment]
     x = torch.randn(batch, 3, size, size, device=options.device)
     labels = torch.arange(batch, device=options.device) % 1000
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
