@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--rounds",
         type=count,
         default=5,
-        help=f"repetitions (layers: of one image {ROUNDS_OF_ONE} times as many, modes: of layers {ROUNDS_OF_LAYERS} times)",
+        help=f"repetitions (layers: of one image {ROUNDS_OF_ONE} times as many, modes: of layers {ROUNDS_OF_LAYERS})",
     )
     parser.add_argument("--passes", type=count, default=1, help="over all layers, of which the median is given as well")
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
