@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from dyn_lightning.per_sample.geometry import Geometry
 from dyn_lightning.per_sample.tracing import is_transformed, is_watched
 
 Numbers = list[int]
+LIBRARY = torch.library.Library("dyn_lightning", "FRAGMENT")
 
 
 def operation(
@@ -55,9 +55,8 @@ def operation(
         return [_laid_out_as(of, gradient) for of, gradient in zip(wanted, gradients, strict=True)]
 
     schema = f"(Tensor grad, {takes}, bool[] needed) -> Tensor[]"
-    register: Any = partial(torch.library.custom_op, mutates_args=())
-    run = register(f"dyn_lightning::{name}", compute, schema=f"({takes}) -> Tensor")
-    run_backward = register(f"dyn_lightning::{name}_backward", compute_backward, schema=schema)
+    run = _defined(name, f"({takes}) -> Tensor", compute)
+    run_backward = _defined(f"{name}_backward", schema, compute_backward)
 
     def fake(*arguments: Any) -> Tensor:
         return empty(*arguments[:-1], _unpacked(arguments[-1])[0])
@@ -87,9 +86,9 @@ def operation(
         return (*(next(found) if need else None for need in needed), None)
 
     _count_flops(name, count, multiply_adds)
-    run.register_fake(fake)
-    run_backward.register_fake(fake_backward)
-    run.register_autograd(gradients, setup_context=save)
+    torch.library.register_fake(f"dyn_lightning::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"dyn_lightning::{name}_backward", fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"dyn_lightning::{name}", gradients, setup_context=save, lib=LIBRARY)
 
     def save_and_compute(ctx: Any, *inputs: Any) -> Tensor:
         save(ctx, inputs, None)
@@ -109,6 +108,13 @@ def operation(
         return unseen.apply(*given, numbers)  # a small layer's time is that of calling an operation
 
     return call
+
+
+def _defined(name: str, schema: str, compute: Callable[..., Any]) -> Any:
+    """Define an operation as ``torch.library.custom_op`` does, without checks that a small layer would wait for."""
+    LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    return getattr(torch.ops.dyn_lightning, name).default
 
 
 def _count_flops(name: str, count: int, multiply_adds: Callable[..., tuple[int, int]]) -> None:
@@ -131,7 +137,8 @@ def _count_flops(name: str, count: int, multiply_adds: Callable[..., tuple[int, 
 def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
     """Let autocast cast nothing: what an operation takes was cast before, and autocast may be on backward alone."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    casts = device != "meta" and torch.is_autocast_enabled(device)  # to ask for the device meta is an error
+    return torch.autocast(device, enabled=False) if casts else nullcontext()
 
 
 def _laid_out_as(of: Tensor, gradient: Tensor) -> Tensor:
