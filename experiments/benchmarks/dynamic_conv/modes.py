@@ -4,7 +4,8 @@ bfloat16 and compiled.
 In bfloat16 under autocast; single layers of maps in bfloat16, as a network's layers have them, but for the first. What
 is measured as it is is measured twice, as "plain" and, with numbers of its own, as "again": what they differ by is
 chance. A layer's ratio is the median of those to plain's time in the same round, since a machine's speed changes from
-minute to minute; a network's is that of the medians of all steps, in a process for each mode (see ``networks``).
+minute to minute, of several layers of a shape, since where their numbers lie in memory changes a time by up to a fifth;
+a network's is that of the medians of all steps, in a process for each mode (see ``networks``).
 """
 
 import copy
@@ -32,7 +33,7 @@ SHAPES: list[Shape] = [
 ]
 WHOLE = [("MobileNetV2 x0.5", 224), ("MobileNetV2", 32), ("ResNet-18", 32)]  # networks, and pixels of their images
 MODES = ("plain", "again", "channels_last", "bfloat16", "compiled")
-ROUNDS_OF_LAYERS = 6  # times those of networks, since a layer takes some milliseconds
+ROUNDS_OF_LAYERS = 6  # of each of as many layers of a shape as there are rounds of networks
 
 
 def modes(options: Any) -> list[dict[str, Any]]:
@@ -52,30 +53,39 @@ def _row(name: str, kind: str, plain: str, others: Sequence[str]) -> str:
 def _layers(options: Any) -> list[dict[str, Any]]:
     results = []
     for shape in SHAPES:
-        in_channels, out_channels, *geometry, groups, pixels = shape
-        arguments = (in_channels, out_channels, *geometry, 1, groups, False)
-        torch._dynamo.reset()  # sizes that were seen to change would be compiled as open ones
-        dynamic = DynamicConv2d(*arguments, num_kernels=options.kernels)
-        for kind, layer in (("dynamic", dynamic), ("static", nn.Conv2d(*arguments))):
-            x = torch.randn(options.batch, in_channels, pixels, pixels, device=options.device, requires_grad=True)
-            half = x.detach().bfloat16().requires_grad_()
-            last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-            layer = layer.to(options.device)
-            passes = {
-                "plain": partial(both_passes, layer, x),
-                "again": partial(both_passes, copy.deepcopy(layer), x.detach().clone().requires_grad_()),
-                "channels_last": partial(both_passes, copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
-                "bfloat16": partial(both_passes, layer, half, torch.bfloat16),
-                "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
-            }
-            for function in passes.values():
-                function()
-            times = in_turn(partial(_milliseconds, passes, options.device), MODES, ROUNDS_OF_LAYERS * options.rounds)
+        for kind in ("dynamic", "static"):
+            times: dict[str, list[float]] = {mode: [] for mode in MODES}
+            kept = []  # else the next ones would lie where these did
+            for _ in range(options.rounds):
+                kept.append(_passes(shape, kind, options))
+                found = in_turn(partial(_milliseconds, kept[-1], options.device), MODES, ROUNDS_OF_LAYERS)
+                times = {mode: times[mode] + found[mode] for mode in MODES}
             ratios = {mode: round(ratio(times[mode], times["plain"]), 3) for mode in MODES[1:]}
             taken = medians(times)
             _print(str(shape), kind, taken["plain"], ratios)
             results.append({"shape": shape, "layer": kind, "milliseconds": taken, "ratios": ratios})
     return results
+
+
+def _passes(shape: Shape, kind: str, options: Any) -> dict[str, Callable[[], None]]:
+    in_channels, out_channels, *geometry, groups, pixels = shape
+    arguments = (in_channels, out_channels, *geometry, 1, groups, False)
+    built = nn.Conv2d(*arguments) if kind == "static" else DynamicConv2d(*arguments, num_kernels=options.kernels)
+    layer = built.to(options.device)
+    x = torch.randn(options.batch, in_channels, pixels, pixels, device=options.device, requires_grad=True)
+    half = x.detach().bfloat16().requires_grad_()
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch._dynamo.reset()  # sizes that were seen to change would be compiled as open ones
+    passes = {
+        "plain": partial(both_passes, layer, x),
+        "again": partial(both_passes, copy.deepcopy(layer), x.detach().clone().requires_grad_()),
+        "channels_last": partial(both_passes, copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
+        "bfloat16": partial(both_passes, layer, half, torch.bfloat16),
+        "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
+    }
+    for function in passes.values():
+        function()
+    return passes
 
 
 def _network(network: str, size: int, options: Any) -> list[dict[str, Any]]:
