@@ -322,11 +322,40 @@ def test_the_table_of_modes_is_of_the_kept_run() -> None:
     log = (ROOT / "experiments/LOG.md").read_text()
     rows = json.loads((RESULTS / "intel/modes.json").read_text())["results"]["modes"]
     for dynamic, static in zip(rows[::2], rows[1::2], strict=True):
-        assert dynamic["shape"] == static["shape"]
+        what, same = (
+            ", ".join(map(str, row["shape"])) if "shape" in row else f"{row['network']}, {row['size']} px"
+            for row in (dynamic, static)
+        )
+        assert what == same
         plain, beside = (row["milliseconds"]["plain"] for row in (dynamic, static))
         ratios = [f"{ratio:.2f} ({static['ratios'][mode]:.2f})" for mode, ratio in dynamic["ratios"].items()]
-        shape = ", ".join(map(str, dynamic["shape"]))
-        assert f"| {shape} | {plain:.1f} ({beside:.1f}) | {' | '.join(ratios)} |" in log
+        assert f"| {what} | {plain:.1f} ({beside:.1f}) | {' | '.join(ratios)} |" in log
+
+
+def test_the_readme_says_what_the_modes_took() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = json.loads((RESULTS / "intel/modes.json").read_text())["results"]["modes"]
+    layers, networks = ([row for row in rows if kind in row] for kind in ("shape", "network"))
+
+    def reach(kind: str, mode: str) -> str:
+        ratios = [row["ratios"][mode] for row in layers if row["layer"] == kind]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    def each(kind: str, mode: str) -> str:
+        first, second, third = (f"{row['ratios'][mode]:.2f}" for row in networks if row["layers"] == kind)
+        return f"{first}, {second} and {third}"
+
+    compiled = [row["milliseconds"]["compiled"] for row in networks]
+    beside = [f"{dynamic / static:.2f}" for dynamic, static in zip(compiled[::2], compiled[1::2], strict=True)]
+    modes = [reach("dynamic", mode) for mode in ("compiled", "bfloat16", "channels_last", "again")]
+    for text in (
+        f"in {modes[0]} (`nn.Conv2d` {reach('static', 'compiled')}), {modes[1]} and {modes[2]} of the time of six",
+        f"measured again took {modes[3]}.",
+        f"take {each('dynamic', 'compiled')} of their time (with static convolutions {each('static', 'compiled')})",
+        f"{beside[0]}, {beside[1]} and {beside[2]} times that of the compiled static networks",
+        f"these take {each('static', 'channels_last')} of their time, dynamic ones {each('dynamic', 'channels_last')}.",
+    ):
+        assert text in readme
 
 
 def test_shapes_are_those_of_the_networks() -> None:
