@@ -18,7 +18,7 @@ from dyn_lightning.per_sample.fastest import fastest
 from dyn_lightning.per_sample.layout import layout_of
 from dyn_lightning.per_sample.methods import mix_kernels
 from dyn_lightning.per_sample.reduction import Plan, plan_of, reduced
-from dyn_lightning.per_sample.tracing import are_constant, export, is_transformed, remembered
+from dyn_lightning.per_sample.tracing import are_constant, autocasts, how_exported, is_transformed, remembered
 
 # Called with the name of each method that is taken (cost.methods), and one to take in place of what is asked for
 # (cost.multiply_adds).
@@ -102,7 +102,7 @@ def dynamic_conv2d(
             f"input on {input.device}, routing on {routing.device} and weight on {weight.device} must be on one device"
         )
     full = input
-    if device != "meta" and torch.is_autocast_enabled(device):  # to ask for the device meta is an error
+    if autocasts(device):
         input, weight, routing = _as_autocast(device, input, weight, routing)
     training = torch.is_grad_enabled() and (input.requires_grad or routing.requires_grad or weight.requires_grad)
     layout = layout_of(input)
@@ -128,7 +128,7 @@ def dynamic_conv2d(
         device,
         training,
         is_freed_memory_kept(),
-        export() if compiling else "",
+        how_exported() if compiling else "",
         () if compiling else _types(stride, padding, dilation, groups, max_mixed_bytes),
     )
     if plan.reduces:
@@ -184,12 +184,12 @@ def choose_method(
     """
     check_method("auto", max_mixed_bytes)
     device = input.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if autocasts(device):
         input, weight = _as_autocast(device, input, weight)
     plan = _checked_plan(
         input.shape, input.dtype, weight.shape, weight.dtype, stride, padding, dilation, groups, training
     )
-    rest = (device, training, max_mixed_bytes, is_freed_memory_kept(), export())
+    rest = (device, training, max_mixed_bytes, is_freed_memory_kept(), how_exported())
     return choose(case_of(plan, layout_of(input), input.dtype, *rest))
 
 
@@ -249,11 +249,10 @@ _decided = remembered(_decide)
 
 
 def _decide_for_compiler(*arguments: Any) -> tuple[Plan, Case, str]:
-    """Decide as if that gave a constant, where no size is open: a compiler that looks into it looks again, before each
-    call of a layer, at all that it saw there. It looks into errors, so that they stay what they are.
+    """Decide once, while compiling, where no number is open: else all that ``_decide`` reads is looked at again before
+    each call of a layer. Bad arguments, for which that gives None, the compiler sees, so that the error is a user's.
     """
-    shapes = arguments[2:5]
-    return (are_constant(*shapes) and _as_constant(*arguments)) or _decide(*arguments)
+    return (are_constant(*arguments) and _as_constant(*arguments)) or _decide(*arguments)
 
 
 @torch.compiler.assume_constant_result

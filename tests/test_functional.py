@@ -8,9 +8,10 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dyn_lightning import functional
+from dyn_lightning import allocator, functional
 from dyn_lightning.checks import as_pair
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
@@ -268,10 +269,9 @@ def test_transforms_are_compiled(method: str) -> None:
         assert_close(torch.compile(transform, fullgraph=True, backend="aot_eager")(input), transform(input))
 
 
-@pytest.mark.skipif(not tracing.KEEPS_CONSTANTS, reason="this torch's compiler cannot use it")
 @pytest.mark.parametrize("method", ["auto", "benchmark"])
 def test_a_compiler_does_not_look_into_the_choice(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it looks again, before each call, at all that it saw there. What is taken is the same."""
+    """Else it looks again, before each call, at all that it saw there. What is taken is the same, after changes too."""
     seen: list[tuple[bool, str]] = []
     decide = functional._decide
 
@@ -282,10 +282,38 @@ def test_a_compiler_does_not_look_into_the_choice(method: str, monkeypatch: pyte
 
     monkeypatch.setattr(functional, "_decide", watched)
     torch.compiler.reset()
-    tensors = torch.randn(32, 64, 9, 9), torch.rand(32, 3), torch.randn(3, 64, 64, 3, 3)
+    x, routing, weight = torch.randn(8, 128, 14, 14), torch.rand(8, 3), torch.randn(3, 128, 64, 3, 3)
     compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="eager")
-    assert_close(compiled(*tensors, method=method), dynamic_conv2d(*tensors))
-    assert seen == [(False, choose_method(tensors[0], tensors[2], training=False))]
+    taken = []
+    for keeps, limit in ((False, 1 << 30), (True, 1 << 30), (True, 1000)):
+        monkeypatch.setattr(allocator, "_kept", keeps)
+        options: dict[str, Any] = {"padding": 1, "groups": 2, "max_mixed_bytes": limit}
+        with torch.no_grad():
+            compiled(x, routing, weight, method=method, **options)
+        taken.append(choose_method(x, weight, training=False, **options))
+        assert seen[-1][1] == taken[-1]
+    assert len(set(taken)) > 1
+    assert [looked for looked, _ in seen] == [not tracing.KEEPS_CONSTANTS] * 2 + [True]  # an int that changes is open
+
+
+def test_a_compiled_choice_is_not_that_of_an_export() -> None:
+    tensors = torch.randn(8, 64, 9, 9), torch.rand(8, 3), torch.randn(3, 64, 64, 3, 3)
+    if choose_method(tensors[0], tensors[2], training=False) != "cpp":
+        pytest.skip("an export takes the same without our C++")
+    torch.compiler.reset()
+    counter = EagerAndRecordGraphs()
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend=counter)
+    assert torch.equal(compiled(*tensors), dynamic_conv2d(*tensors))
+    assert "dyn_lightning.cpp" in str(counter.graphs[0].graph)
+
+
+def test_arguments_may_change_between_compiled_calls() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend="eager")
+    input, routing, weight, _ = draw(3)
+    for padding, limit in ((1, 1 << 20), (2, 1 << 20), (3, 1 << 21), (3, 1 << 22)):
+        options: dict[str, Any] = {"padding": padding, "max_mixed_bytes": limit}
+        assert_close(compiled(input, routing, weight, **options), dynamic_conv2d(input, routing, weight, **options))
 
 
 def test_a_compiled_call_has_errors_of_its_own_kind() -> None:

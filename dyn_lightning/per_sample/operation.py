@@ -10,7 +10,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyn_lightning.per_sample.geometry import Geometry
-from dyn_lightning.per_sample.tracing import is_transformed, is_watched
+from dyn_lightning.per_sample.tracing import autocasts, is_transformed, is_watched
 
 Numbers = list[int]
 LIBRARY = torch.library.Library("dyn_lightning", "FRAGMENT")
@@ -111,7 +111,9 @@ def operation(
 
 
 def _defined(name: str, schema: str, compute: Callable[..., Any]) -> Any:
-    """Define an operation as ``torch.library.custom_op`` does, without checks that a small layer would wait for."""
+    """Define an operation as ``torch.library.custom_op`` does, but for what a small layer would wait for: it does not
+    check that what is given is new (tests do), and cannot be defined again.
+    """
     LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
     return getattr(torch.ops.dyn_lightning, name).default
@@ -137,8 +139,7 @@ def _count_flops(name: str, count: int, multiply_adds: Callable[..., tuple[int, 
 def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
     """Let autocast cast nothing: what an operation takes was cast before, and autocast may be on backward alone."""
     device = tensor.device.type
-    casts = device != "meta" and torch.is_autocast_enabled(device)  # to ask for the device meta is an error
-    return torch.autocast(device, enabled=False) if casts else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _laid_out_as(of: Tensor, gradient: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.torch_version import TorchVersion
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Whether a compiler can compare what is in a constant's tuples: that of torch 2.10 cannot, later ones were not tried.
+# Whether a compiler can compare what is in a constant's tuples: those of torch 2.8 to 2.10 cannot, that of 2.14 can;
+# those between were not tried.
 KEEPS_CONSTANTS = torch.__version__ >= TorchVersion("2.14")
 MOST_REMEMBERED = 4096  # sets of arguments; what comes after them begins anew
 
@@ -72,20 +73,25 @@ def _plain() -> set[int]:
 PLAIN, TYPES = _plain(), (Tensor, torch.nn.Parameter)
 
 
+def autocasts(device: str) -> bool:
+    """Tell whether autocast is on for a type of device; to ask for the device meta would be an error."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def in_function_transform() -> bool:
     """Tell whether ``torch.func`` or ``torch.vmap`` runs, under which tensors do not say how they lie in memory."""
     return torch._C._are_functorch_transforms_active()
 
 
-def are_constant(*shapes: tuple[int, ...]) -> bool:
-    """Tell whether what is computed of shapes can be a constant to a compiler: where it leaves no size open."""
-    if not KEEPS_CONSTANTS:
-        return False
-    for shape in shapes:
-        for size in shape:
-            if not has_static_value(size):
-                return False
-    return True
+def are_constant(*values: Any) -> bool:
+    """Tell whether a compiler can take what is computed of values for a constant: where it leaves no number open."""
+    return KEEPS_CONSTANTS and not any(_is_open(value) for value in values)
+
+
+def _is_open(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_open(each) for each in value)
+    return isinstance(value, int) and not has_static_value(value)
 
 
 def is_one(batch: int) -> bool:
@@ -106,11 +112,11 @@ def in_traced_export() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
-def export() -> str:
+def how_exported() -> str:
     """Say how a network is exported, with sizes that may be left open: "strict", "traced", or "" if it is not."""
     return "strict" if in_strict_export() else "traced" if in_traced_export() else ""
 
 
 def in_export() -> bool:
     """Tell whether a network is exported in either way."""
-    return export() != ""
+    return how_exported() != ""

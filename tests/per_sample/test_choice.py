@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyn_lightning import allocator
+from dyn_lightning import allocator, functional
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample import by_name, choice, depthwise, processor
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import choose, methods_within
+from dyn_lightning.per_sample.choice import methods_within
 from dyn_lightning.per_sample.chunked import CACHED_BYTES, CACHED_BYTES_OF_ONE, chunk_size, chunked
 from dyn_lightning.per_sample.geometry import Geometry
-from dyn_lightning.per_sample.processor import is_intel
 from tests.command_line import ROOT
 from tests.tolerances import assert_close
 
@@ -214,12 +213,12 @@ def test_nor_has_one_that_may_hold_little(channels: int, size: tuple[int, int], 
         assert_close(exported.module()(x), layer(x))
 
 
-def test_an_export_takes_what_it_may_hold_or_the_fastest() -> None:
-    shapes, geometry = ((4, 512, 7, 7), (2, 32, 512, 3, 3)), Geometry((1, 1), (1, 1), (1, 1), 1)
+def test_an_export_takes_what_it_may_hold_or_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "how_exported", lambda: "traced")
+    x, weight = torch.empty(4, 512, 7, 7), torch.empty(2, 32, 512, 3, 3)
     mixed, outputs = 4 * 4 * 32 * 512 * 9, 4 * 4 * 32 * 7 * 7
     for limit, method in ((8 * mixed, "grouped"), (mixed - 1, "mixture"), (2 * outputs - 1, "grouped")):
-        rest = (torch.float32, "cpu", False, True, False, limit, False, is_intel(), "traced")
-        assert choose(Case(*shapes, geometry, *rest)) == method
+        assert choose_method(x, weight, padding=1, training=False, max_mixed_bytes=limit) == method
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

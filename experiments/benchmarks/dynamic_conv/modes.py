@@ -1,11 +1,11 @@
 """Single layers, forward and backward, and training steps of whole networks, as they are, in channels_last, in
 bfloat16 and compiled.
 
-In bfloat16 under autocast; single layers of maps in bfloat16, as a network's layers have them, but for the first. What
-is measured as it is is measured twice, as "plain" and, with numbers of its own, as "again": what they differ by is
-chance. A layer's ratio is the median of those to plain's time in the same round, since a machine's speed changes from
-minute to minute, of several layers of a shape, since where their numbers lie in memory changes a time by up to a fifth;
-a network's is that of the medians of all steps, in a process for each mode (see ``networks``).
+In bfloat16 under autocast; single layers of maps in bfloat16, as a network's layers have them, but for the first. Each
+is measured twice as it is, as "plain" and, in other memory, as "again": what these differ by is chance. A layer's ratio
+is the median of those to plain's time in the same round, since a machine's speed changes from minute to minute, of
+several layers of a shape, since where their numbers lie in memory changes a time by up to a fifth; a network's is that
+of the medians of all steps, in a process for each mode (see ``networks``).
 """
 
 import copy

@@ -38,7 +38,8 @@ def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
         if part in PLOTS:
             figure = PLOTS[part](results)
             how = f"K = {measured['kernels']}, " * (part != "growth") + measured["dtype"]
-            how += ", channels_last" * measured["channels_last"] + ", compiled" * measured.get("compiled", False)
+            how += ", channels_last" * measured["channels_last"]
+            how += ", compiled" * (part != "layers" and measured.get("compiled", False))
             where = f"{measured['device']}, torch {measured['torch']}, {measured['date']}"
             figure.supxlabel(f"{how}; {where}", fontsize=8)
             paths.append(folder / f"{part}.png")
