@@ -85,13 +85,15 @@ def in_function_transform() -> bool:
 
 def are_constant(*values: Any) -> bool:
     """Tell whether a compiler can take what is computed of values for a constant: where it leaves no number open."""
-    return KEEPS_CONSTANTS and not any(_is_open(value) for value in values)
-
-
-def _is_open(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_is_open(each) for each in value)
-    return isinstance(value, int) and not has_static_value(value)
+    if not KEEPS_CONSTANTS:
+        return False
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            if not are_constant(*value):
+                return False
+        elif isinstance(value, int) and not has_static_value(value):
+            return False
+    return True
 
 
 def is_one(batch: int) -> bool:
