@@ -301,10 +301,10 @@ def test_a_compiled_choice_is_not_that_of_an_export() -> None:
     if choose_method(tensors[0], tensors[2], training=False) != "cpp":
         pytest.skip("an export takes the same without our C++")
     torch.compiler.reset()
-    counter = EagerAndRecordGraphs()
-    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend=counter)
+    recorder = EagerAndRecordGraphs()
+    compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend=recorder)
     assert torch.equal(compiled(*tensors), dynamic_conv2d(*tensors))
-    assert "dyn_lightning.cpp" in str(counter.graphs[0].graph)
+    assert "dyn_lightning.cpp" in str(recorder.graphs[0].graph)
 
 
 def test_arguments_may_change_between_compiled_calls() -> None:

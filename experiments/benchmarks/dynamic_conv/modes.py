@@ -131,5 +131,5 @@ def both_passes(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32)
 
 
 def _milliseconds(passes: Mapping[str, Callable[[], None]], device: torch.device, name: str) -> list[float]:
-    passes[name]()  # not counted: most modes run the same code, which would find it in the caches
+    passes[name]()  # not counted: it brings its code into the caches, where the others leave theirs
     return [milliseconds(passes[name], 1, device)]
