@@ -38,10 +38,9 @@ template <typename Number> void copy(const Number *row, int64_t count, Number *t
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
 // kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
 // computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
-// numbers may give NaN to more of a gradient here. What the next plane has in the place of a row, or gets there, is
-// fetched while this one's is computed.
+// numbers may give NaN to more of a gradient here.
 template <typename Number> class PlaneByPlane {
-  static constexpr int LANES = ::LANES<Number>;
+  static constexpr int LANES = ::LANES<Number>, TOGETHER = 4, WEIGHTS = 9;  // vectors and weights at once
   using Vector = ::Vector<Number>;
 
   const Sizes &z;
@@ -52,8 +51,10 @@ template <typename Number> class PlaneByPlane {
   const int64_t reach_right = (z.kernel_columns - 1) * z.dilation_columns / z.right;
   const int64_t lines = z.rows + reach_down, pitch = z.columns + reach_right;
   const int64_t front = reach_down * pitch + reach_right;  // zeros before a gradient
-  const int64_t room = lines * pitch + reach_right + 2 * LANES;  // vectors read and write beyond the end
+  const int64_t room = lines * pitch + reach_right + 2 * LANES;  // vectors read beyond the end
   const int64_t phases = z.down * z.right;
+  // Lines of the input's gradient that are summed up at once, and their numbers of each phase.
+  const int64_t together = std::max<int64_t>(1, 16 * LANES / pitch), block = together * pitch;
   std::vector<Tap> seen;                 // by the output
   std::vector<std::vector<Tap>> giving;  // to each phase of the input's gradient
 
@@ -72,17 +73,15 @@ template <typename Number> class PlaneByPlane {
   void forward(Number *output, const Number *input, const Number *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> map(phases * room), sums(room), row(line()), kernel(weights);
+      std::vector<Number> map(phases * room), row(line()), kernel(weights);
+      Ahead ahead;
 #pragma omp for
       for (int64_t p = 0; p < planes; p++) {
+        ahead.begin();
+        ahead.add(input + (p + 1) * inputs, inputs), ahead.add(output + (p + 1) * outputs, outputs);
         copy(kernels + p * weights, weights, kernel.data());
-        split(input + p * inputs, map.data(), row.data());
-        add_up(map.data(), seen, kernel.data(), z.rows * pitch, sums.data());
-        Number *to = output + p * outputs;
-        for (int64_t r = 0; r < z.rows; r++, to += z.columns) {
-          fetch_row(to, outputs, z.columns);
-          copy(sums.data() + r * pitch, z.columns, to);
-        }
+        split(input + p * inputs, map.data(), row.data(), ahead);
+        add_up(map.data(), seen, kernel.data(), z.rows, z.columns, output + p * outputs, ahead);
       }
     }
   }
@@ -92,26 +91,28 @@ template <typename Number> class PlaneByPlane {
                 Number *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> map(kernels_grad ? phases * room : 0), map_grad(input_grad ? phases * room : 0);
+      std::vector<Number> map(kernels_grad ? phases * room : 0), parts(phases * block);
       std::vector<Number> row(line()), row_grad(line()), sums_grad(front + room), kernel(weights);
+      Ahead ahead;
 #pragma omp for
       for (int64_t p = 0; p < planes; p++) {
+        ahead.begin();
+        ahead.add(grad + (p + 1) * outputs, outputs);
+        if (kernels_grad) ahead.add(input + (p + 1) * inputs, inputs);
+        if (input_grad) ahead.add(input_grad + (p + 1) * inputs, inputs);
         Number *sums = sums_grad.data() + front;
-        const Number *from = grad + p * outputs;
-        for (int64_t r = 0; r < z.rows; r++, from += z.columns) {
-          fetch_row(from, outputs, z.columns);
-          copy(from, z.columns, sums + r * pitch);
+        for (int64_t r = 0; r < z.rows; r++) {
+          ahead.step();
+          copy(grad + p * outputs + r * z.columns, z.columns, sums + r * pitch);
         }
         if (kernels_grad) {
-          split(input + p * inputs, map.data(), row.data());
-          multiply(map.data(), sums, kernel.data());
+          split(input + p * inputs, map.data(), row.data(), ahead);
+          multiply(map.data(), sums, kernel.data(), ahead);
           copy(kernel.data(), weights, kernels_grad + p * weights);
         }
         if (input_grad) {
           copy(kernels + p * weights, weights, kernel.data());
-          for (int64_t phase = 0; phase < phases; phase++)
-            add_up(sums, giving[phase], kernel.data(), lines * pitch, map_grad.data() + phase * room);
-          join(map_grad.data(), input_grad + p * inputs, row_grad.data());
+          give(sums, kernel.data(), input_grad + p * inputs, parts.data(), row_grad.data(), ahead);
         }
       }
     }
@@ -129,13 +130,13 @@ template <typename Number> class PlaneByPlane {
   }
 
   // Lay out a map in phases; what is padding there is zero and stays so.
-  void split(const Number *map, Number *phase, Number *row) const {
+  void split(const Number *map, Number *phase, Number *row, Ahead &ahead) const {
     for (int64_t a = 0; a < z.down; a++, phase += z.right * room)
       for (int64_t l = 0; l < lines; l++) {
         const int64_t r = l * z.down + a - z.above;
         if (r < 0 || r >= used_rows()) continue;
         Number *to = phase + l * pitch;
-        fetch_row(map + r * z.width, inputs, z.width);
+        ahead.step();
         if (z.right == 1) {
           copy(map + r * z.width, used(), to + z.left);
           continue;
@@ -149,58 +150,83 @@ template <typename Number> class PlaneByPlane {
       }
   }
 
-  // The other way round, with zeros for what no kernel sees: nothing is written there into the row, which was zero.
-  void join(const Number *phases, Number *map, Number *row) const {
-    for (int64_t r = 0; r < z.height; r++, map += z.width) {
-      const int64_t l = (r + z.above) / z.down, a = (r + z.above) % z.down;
-      const Number *from = phases + a * z.right * room + l * pitch;
-      fetch_row(map, inputs, z.width);
-      if (l >= lines)
-        std::memset(map, 0, z.width * sizeof(Number));
-      else if (z.right == 1 && z.left + z.width <= pitch)
-        copy(from + z.left, z.width, map);
-      else {
+  // Give the input's gradient what its phases come to, a few lines at a time, and zeros where no kernel sees it: into
+  // the row, which was zero, nothing is written there.
+  void give(const Number *sums, const Number *kernel, Number *map, Number *parts, Number *row, Ahead &ahead) const {
+    if (phases == 1 && z.left + z.width <= pitch && z.above + z.height <= lines)
+      return add_up(sums + z.above * pitch + z.left, giving[0], kernel, z.height, z.width, map, ahead);
+    for (int64_t l = 0; l < lines; l++) {
+      if (l % together == 0) {
+        const int64_t count = std::min(together, lines - l) * pitch;  // as one row, since nothing lies between
+        for (int64_t phase = 0; phase < phases; phase++)
+          add_up(sums + l * pitch, giving[phase], kernel, 1, count, parts + phase * block, ahead);
+      }
+      const Number *from = parts + l % together * pitch;
+      for (int64_t a = 0; a < z.down; a++, from += z.right * block) {
+        const int64_t r = l * z.down + a - z.above;
+        if (r < 0 || r >= z.height) continue;
         if (z.right == 2)
-          for (int64_t c = 0; c < pitch; c++) row[2 * c] = from[c], row[2 * c + 1] = from[room + c];
+          for (int64_t c = 0; c < pitch; c++) row[2 * c] = from[c], row[2 * c + 1] = from[block + c];
         else
           for (int64_t b = 0; b < z.right; b++)
-            for (int64_t c = 0; c < pitch; c++) row[c * z.right + b] = from[b * room + c];
-        copy(row + z.left, z.width, map);
+            for (int64_t c = 0; c < pitch; c++) row[c * z.right + b] = from[b * block + c];
+        copy(row + z.left, z.width, map + r * z.width);
       }
+    }
+    const int64_t reached = std::max<int64_t>(0, lines * z.down - z.above);
+    if (reached < z.height) std::fill(map + reached * z.width, map + inputs, Number(0));
+  }
+
+  // Give rows of a map the sums of what they see, which lies `pitch` apart; the last vector of a row may overlap with
+  // the one before.
+  void add_up(const Number *from, const std::vector<Tap> &taps, const Number *kernel, int64_t rows, int64_t columns,
+              Number *to, Ahead &ahead) const {
+    if (columns < LANES) {
+      for (int64_t r = 0; r < rows; r++, from += pitch, to += columns) {
+        Vector sum = {};
+        for (const Tap &tap : taps) sum += kernel[tap.weight] * load(from + tap.offset);
+        copy((const Number *)&sum, columns, to);
+      }
+      return;
+    }
+    const int64_t vectors = rows * ((columns + LANES - 1) / LANES);
+    for (int64_t v = 0, row = 0, column = 0; v < vectors; v += TOGETHER) {
+      ahead.step();
+      with_constant<TOGETHER>(vectors - v, [&](auto N) {
+        const Number *read[N];
+        Number *written[N];
+        for (int n = 0; n < N; n++) {
+          const int64_t first = std::min(column, columns - LANES);
+          read[n] = from + row * pitch + first, written[n] = to + row * columns + first;
+          column += LANES;
+          if (column >= columns) column = 0, row++;
+        }
+        Vector sum[N] = {};
+        for (const Tap &tap : taps)
+          for (int n = 0; n < N; n++) sum[n] += kernel[tap.weight] * load(read[n] + tap.offset);
+        for (int n = 0; n < N; n++) store(sum[n], written[n]);
+      });
     }
   }
 
-  static void add_up(const Number *from, const std::vector<Tap> &taps, const Number *kernel, int64_t count,
-                     Number *to) {
-    int64_t q = 0;
-    for (; q + 3 * LANES < count; q += 4 * LANES) add_up_vectors<4>(from + q, taps, kernel, to + q);
-    for (; q < count; q += LANES) add_up_vectors<1>(from + q, taps, kernel, to + q);
-  }
-
-  template <int N>
-  static inline void add_up_vectors(const Number *from, const std::vector<Tap> &taps, const Number *kernel,
-                                    Number *to) {
-    Vector sum[N] = {};
-    for (const Tap &tap : taps)
-      for (int n = 0; n < N; n++) sum[n] += kernel[tap.weight] * load(from + tap.offset + n * LANES);
-    for (int n = 0; n < N; n++) store(sum[n], to + n * LANES);
-  }
-
-  // Multiply what each weight sees with the output's gradient, a few rows at a time, which stay in the cache.
-  void multiply(const Number *map, const Number *sums, Number *kernel) const {
+  // Multiply what each weight sees with the output's gradient, of which a vector is loaded for several weights. Parts
+  // are summed up apart, as long sums are less exact.
+  void multiply(const Number *map, const Number *sums, Number *kernel, Ahead &ahead) const {
     const int64_t count = z.rows * pitch, part = 64 * LANES;
-    std::fill(kernel, kernel + weights, Number(0));
-    for (int64_t first = 0; first < count; first += part) {
-      const int64_t last = std::min(first + part, count);
-      for (const Tap &tap : seen) {
-        Vector total[4] = {};
-        int64_t q = first;
-        for (; q + 3 * LANES < last; q += 4 * LANES)
-          for (int n = 0; n < 4; n++) total[n] += load(sums + q + n * LANES) * load(map + tap.offset + q + n * LANES);
-        for (; q < last; q += LANES) total[0] += load(sums + q) * load(map + tap.offset + q);
-        kernel[tap.weight] += sum((total[0] + total[1]) + (total[2] + total[3]));
-      }
-    }
+    for (size_t first = 0; first < seen.size(); first += WEIGHTS)
+      with_constant<WEIGHTS>(seen.size() - first, [&](auto N) {
+        Vector total[N] = {};
+        for (int64_t begin = 0; begin < count; begin += part) {
+          Vector some[N] = {};
+          for (int64_t q = begin; q < std::min(begin + part, count); q += LANES) {
+            if (q / LANES % TOGETHER == 0) ahead.step();
+            const Vector of = load(sums + q);
+            for (int n = 0; n < N; n++) some[n] += of * load(map + seen[first + n].offset + q);
+          }
+          for (int n = 0; n < N; n++) total[n] += some[n];
+        }
+        for (int n = 0; n < N; n++) kernel[seen[first + n].weight] = sum(total[n]);
+      });
   }
 
   // Lane by lane it would take longer than all products of a small map.
@@ -304,13 +330,17 @@ template <typename Pixel> class PlanesTogether {
 #pragma omp parallel num_threads(threads)
     {
       Maps of = maps();
+      Ahead ahead;
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
-        take(kernels + p * weights, weights, count, of.kernel, InOrder());
-        take(input + p * inputs, inputs, count, of.input, at(of_input));
-        pixels.add_up(met(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data());
-        give(of.result, outputs, count, output + p * outputs);
+        ahead.begin();
+        ahead.add(input + (p + LANES) * inputs, LANES * inputs);
+        ahead.add(output + (p + LANES) * outputs, LANES * outputs);
+        take(kernels + p * weights, weights, count, of.kernel, InOrder(), ahead);
+        take(input + p * inputs, inputs, count, of.input, at(of_input), ahead);
+        pixels.add_up(met(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data(), &ahead);
+        give(of.result, outputs, count, output + p * outputs, ahead);
       }
     }
   }
@@ -321,19 +351,24 @@ template <typename Pixel> class PlanesTogether {
 #pragma omp parallel num_threads(threads)
     {
       Maps of = maps();
+      Ahead ahead;
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
-        take(grad + p * outputs, outputs, count, of.output, at(of_output));
+        ahead.begin();
+        ahead.add(grad + (p + LANES) * outputs, LANES * outputs);
+        if (kernels_grad) ahead.add(input + (p + LANES) * inputs, LANES * inputs);
+        if (input_grad) ahead.add(input_grad + (p + LANES) * inputs, LANES * inputs);
+        take(grad + p * outputs, outputs, count, of.output, at(of_output), ahead);
         if (kernels_grad) {
-          take(input + p * inputs, inputs, count, of.input, at(of_input));
-          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), of.kernel.data());
-          give(of.kernel, weights, count, kernels_grad + p * weights);
+          take(input + p * inputs, inputs, count, of.input, at(of_input), ahead);
+          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), of.kernel.data(), &ahead);
+          give(of.kernel, weights, count, kernels_grad + p * weights, ahead);
         }
         if (input_grad) {
-          take(kernels + p * weights, weights, count, of.kernel, InOrder());
-          pixels.add_up(met(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data());
-          give(of.result, inputs, count, input_grad + p * inputs);
+          take(kernels + p * weights, weights, count, of.kernel, InOrder(), ahead);
+          pixels.add_up(met(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data(), &ahead);
+          give(of.result, inputs, count, input_grad + p * inputs, ahead);
         }
       }
     }
@@ -355,13 +390,14 @@ template <typename Pixel> class PlanesTogether {
     return map.data() + side.front * LANES;
   }
 
-  // Turn some planes, and let the cache fetch those that come next.
+  // Turn some planes, or back.
   template <typename Place>
-  static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to, Place place) {
-    transpose<true, false>(planes, length, count, length, to.data(), LANES, LANES * length, place);
+  static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to, Place place,
+                   Ahead &ahead) {
+    transpose(planes, length, count, length, to.data(), LANES, 0, place, [&] { ahead.step(); });
   }
-  static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes) {
-    transpose<false, true>(from.data(), LANES, length, count, planes, length, LANES * length);
+  static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes, Ahead &ahead) {
+    transpose(from.data(), LANES, length, count, planes, length, 0, InOrder(), [&] { ahead.step(); });
   }
 };
 

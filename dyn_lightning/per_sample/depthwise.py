@@ -23,10 +23,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Pixels of a map up to which as many planes at once as a vector has lanes, turned to lie side by side, take less time
 # than one by one: they are to fit into a near cache. In bfloat16 planes of any size are turned.
-MOST_TOGETHER = 400
+MOST_TOGETHER = 200
 # With a stride, one plane has to be taken apart, so larger ones are turned as well, if there are as many as these: five
 # times as many as the widest vector has lanes, for each of two threads.
-MOST_TOGETHER_WITH_STRIDE, LEAST_TOGETHER = 3600, 160
+MOST_TOGETHER_WITH_STRIDE, LEAST_TOGETHER = 1600, 160
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
 MOST_LAID_OUT = 64

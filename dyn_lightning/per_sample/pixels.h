@@ -88,8 +88,8 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   // Give each pixel of a side the sum of those that it meets, each times a weight; `from` has the other side's zeros.
-  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to) const {
-    for_runs(from, side, to, [&](auto count, int64_t r, const Run &run, int64_t v) {
+  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to, Ahead *ahead = nullptr) const {
+    for_runs(from, side, to, ahead, [&](auto count, int64_t r, const Run &run, int64_t v) {
       Vector sum[count] = {};
       for (const Meeting &row : side.rows[r])
         for (const Meeting &column : run.met) {
@@ -103,9 +103,9 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   // Multiply what each weight sees with the output's gradient; both have their zeros.
-  void multiply(const Pixel *map, const Pixel *grad, Number *kernel) const {
+  void multiply(const Pixel *map, const Pixel *grad, Number *kernel, Ahead *ahead = nullptr) const {
     std::fill_n(kernel, z.kernel_rows * z.kernel_columns * pitch, Number(0));
-    for_runs(map, output, grad, [&](auto count, int64_t r, const Run &run, int64_t v) {
+    for_runs(map, output, grad, ahead, [&](auto count, int64_t r, const Run &run, int64_t v) {
       Vector of[count];
       const Pixel *pixel = grad + (r * input.met_width + run.first) * channels + first[v];
       for (int i = 0; i < count; i++) of[i] = load(pixel + i * channels);
@@ -180,11 +180,14 @@ template <typename Pixel, bool fetches> class Pixels {
 
   // Call with each row of a side, its runs, and each vector.
   template <typename Function>
-  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Function function) const {
+  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Ahead *ahead, Function function) const {
     for (size_t r = 0; r < side.rows.size(); r++)
       for (const Run &run : side.runs)
         for (int64_t v = 0; v < vectors; v++) {
-          if (fetches) fetch_run(from + first[v], side, of + first[v], r + 1, run);
+          if constexpr (fetches)
+            fetch_run(from + first[v], side, of + first[v], r + 1, run);
+          else
+            ahead->step();
           with_constant<TOGETHER>(run.count, [&](auto count) { function(count, r, run, v); });
         }
   }

@@ -92,6 +92,31 @@ ALWAYS_INLINE void fetch_rows(const Number *row, int64_t ahead, int64_t rows, in
   for (int64_t r = 0; r < rows; r++) fetch_row(row, ahead + r * step, length);
 }
 
+// Lets the cache fetch the maps that are computed next, a little with each step of what is computed now: only few lines
+// can be on their way at once, so that neither memory nor products are waited for.
+class Ahead {
+  struct Map {
+    uintptr_t at, goal;
+    int64_t bytes;  // with each step
+  } maps[3];
+  int64_t count = 0, steps = 0, last = 0;
+
+ public:
+  // Begin to compute; as many steps are expected as the last time.
+  void begin() { count = 0, last = steps, steps = 0; }
+
+  // Fetch so many numbers of a map, which may be beyond the end.
+  template <typename Pixel> void add(const Pixel *map, int64_t numbers) {
+    if (last) maps[count++] = {uintptr_t(map), uintptr_t(map), int64_t(numbers * sizeof(Pixel)) / last + 1};
+  }
+
+  ALWAYS_INLINE void step() {
+    steps++;
+    for (int64_t m = 0; m < count; m++)
+      for (maps[m].goal += maps[m].bytes; maps[m].at < maps[m].goal; maps[m].at += 64) fetch((char *)maps[m].at, 0);
+  }
+};
+
 // Call with a number up to `most` as one that the compiler knows.
 template <int most, typename Function> inline void with_constant(int64_t number, Function function) {
   if constexpr (most > 1)
@@ -125,15 +150,21 @@ struct InOrder {
   int64_t operator()(int64_t column) const { return column; }
 };
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // Transpose rows, which lie so far apart, and let the cache fetch what lies `ahead` of what is read, or written, too.
-// `place` says which row a column becomes.
-template <bool fetches_from = false, bool fetches_to = false, typename From, typename To, typename Place = InOrder>
+// `place` says which row a column becomes; `each` is called with each square of as many rows as a vector has lanes.
+template <bool fetches_from = false, bool fetches_to = false, typename From, typename To, typename Place = InOrder,
+          typename Each = Nothing>
 void transpose(const From *from, int64_t from_step, int64_t rows, int64_t columns, To *to, int64_t to_step,
-               int64_t ahead = 0, Place place = Place()) {
+               int64_t ahead = 0, Place place = Place(), Each each = Each()) {
   using Number = typename Computed<From>::Number;
   constexpr int lanes = LANES<Number>;
   for (int64_t r = 0; r < rows; r += lanes)
     for (int64_t c = 0; c < columns; c += lanes) {
+      each();
 #ifdef HAS_SHUFFLES
       if (rows >= lanes && columns >= lanes) {  // the last ones overlap with those before
         const int64_t row = std::min(r, rows - lanes), column = std::min(c, columns - lanes);
