@@ -51,6 +51,8 @@ SHAPES = [
     ((1, 5), (5, 5), (2, 2), (1, 1), (1, 3)),
     ((3, 3), (1, 1), (1, 1), (1, 1), (37, 70)),  # more than the vectors that are multiplied at once
     ((5, 5), (2, 2), (2, 2), (1, 1), (61, 75)),
+    ((3, 3), (2, 1), (1, 1), (1, 1), (40, 37)),  # gradients of some lines at once, with a stride in one direction
+    ((4, 5), (1, 3), (2, 1), (2, 1), (21, 64)),
 ]
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 3)
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
