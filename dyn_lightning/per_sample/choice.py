@@ -47,17 +47,19 @@ class Costs(NamedTuple):
 
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
-    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what comes
-    out, the first again where a product has few columns, which it is slow with (but not with a vector), and what of
-    both does not stay in caches.
+    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what goes
+    into one in training, what comes out, the first again where a product has few columns, which it is slow with (but
+    not with a vector), and what of kernels and outputs does not stay in caches.
 
-    The call of a convolution is not counted: those that were measured take so long that it cannot be told.
+    The call of a convolution is not counted: those that were measured take so long that it cannot be told. Nor is what
+    goes in elsewhere: choices do not become better by it.
     """
     mixed, outputs, call = case.mixed_weights(), case.outputs(), int(case.is_product())
     few = mixed if case.positions() <= FEW_POSITIONS and not case.is_single() else 0
     large = outputs if case.weight[1] * case.positions() >= LARGE_MAP else 0
     large += mixed if mixed >= LARGE_KERNELS else 0
-    return mixed, case.weight[0] * mixed, case.multiply_adds(), call, outputs, few, large
+    inputs = math.prod(case.input) if call and case.training else 0
+    return mixed, case.weight[0] * mixed, case.multiply_adds(), call, inputs, outputs, few, large
 
 
 def mixture_work(case: Case) -> tuple[int, ...]:
@@ -89,95 +91,95 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 # than one_sample.cpp, so they have no times of our C++ for one image with few positions.
 OTHER_COSTS = {
     (True, True, "several"): Costs(
-        (1510, 12, 34.1, 136e6, 249, 2150, 438),
-        (39.3, 616, 2310, 566e6),
-        (275, 258, 24.6, 339e6, 93.3),
+        (1540, 12.3, 30.5, 113e6, 278, 312, 1740, 486),
+        (34.7, 607, 2240, 514e6),
+        (286, 228, 26.1, 292e6, 188),
     ),
     (True, False, "several"): Costs(
-        (345, 8.38, 8.75, 32.9e6, 77, 686, 55.3),
+        (345, 8.38, 8.75, 32.9e6, 0, 77, 686, 55.3),
         (19.1, 249, 642, 101e6),
         (48.8, 60.1, 7.07, 26.1e6, 98.6),
     ),
     (True, False, "one"): Costs(
-        (32.3, 112, 10.4, 25.2e6, 351, 0, 0),
+        (32.3, 112, 10.4, 25.2e6, 0, 351, 0, 0),
         (10.8, 242, 364, 35.6e6),
         (145, 1380, 8.11, 28.7e6, 84.7),
     ),
     (True, False, "one, few positions"): Costs(
-        (10.9, 107, 27.5, 17.5e6, 0, 614, 0),
+        (10.9, 107, 27.5, 17.5e6, 0, 0, 614, 0),
         (19.6, 60.4, 514, 33.8e6),
     ),
     (False, True, "several"): Costs(
-        (1920, 61.2, 31, 0, 1010, 0, 242),
+        (1920, 61.2, 31, 0, 0, 1010, 0, 242),
         (30.7, 1400, 0, 898e6),
         (4.82, 325, 26.2, 457e6, 63),
     ),
     (False, False, "several"): Costs(
-        (905, 11.7, 5.08, 0, 0, 0, 96.5),
+        (905, 11.7, 5.08, 0, 0, 0, 0, 96.5),
         (15.5, 710, 601, 87.3e6),
         (0, 68.2, 5.63, 14.1e6, 0),
     ),
     (False, False, "one"): Costs(
-        (159, 219, 9.57, 0, 490, 0, 0),
+        (159, 219, 9.57, 0, 0, 490, 0, 0),
         (9.55, 360, 154, 270e6),
         (0, 1130, 6.8, 0, 3600),
     ),
     (False, False, "one, few positions"): Costs(
-        (494, 116, 17.6, 0, 5150, 385, 0),
+        (494, 116, 17.6, 0, 0, 5150, 385, 0),
         (16.9, 154, 275, 4.91e6),
     ),
 }
-# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names in `results/intel`, and from
-# `one.json`, `one_again.json` and `one_k16.json` for one image.
+# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names and `layers_third.json` in
+# `results/intel`, and from `one.json`, `one_again.json`, `one_third.json` and `one_k16.json` for one image.
 INTEL_COSTS = {
     (True, True, "several"): Costs(
-        (980, 7.07, 19.5, 182e6, 511, 191, 671),
-        (18.3, 404, 1900, 452e6),
-        (221, 188, 26.9, 378e6, 285),
+        (1270, 0, 13.6, 154e6, 510, 555, 14.1, 696),
+        (21, 408, 1770, 479e6),
+        (346, 199, 23.4, 712e6, 217),
     ),
     (True, False, "several"): Costs(
-        (185, 8.98, 5.91, 19.6e6, 66, 123, 130),
-        (6.18, 156, 435, 125e6),
-        (0, 54.5, 7.78, 27.9e6, 75.9),
+        (209, 5.84, 6.15, 22.3e6, 0, 73.8, 134, 134),
+        (6.38, 158, 533, 135e6),
+        (23, 50.4, 8.13, 32.8e6, 84),
     ),
     (True, False, "one"): Costs(
-        (114, 159, 7.63, 28.9e6, 91.4, 0, 37.5),
-        (6.65, 152, 272, 42.8e6),
-        (0, 898, 9.46, 39.7e6, 154),
+        (231, 143, 7.75, 31e6, 0, 92.5, 0, 37.3),
+        (6.77, 147, 278, 46.4e6),
+        (0, 886, 9.9, 43.2e6, 148),
     ),
     (True, False, "one, few positions"): Costs(
-        (81.9, 77.8, 8.35, 16.2e6, 0, 400, 0),
-        (8.51, 107, 217, 39.5e6),
-        (0, 66.5, 9.04, 25.2e6, 0),
+        (151, 77.6, 8.76, 17.7e6, 0, 0, 469, 0),
+        (8.76, 110, 211, 42.4e6),
+        (0, 71.5, 10, 28.6e6, 0),
     ),
     (False, True, "several"): Costs(
-        (1510, 31.9, 24.9, 0, 1010, 0, 104),
-        (22.2, 549, 0, 1750e6),
-        (0, 273, 18.6, 380e6, 467),
+        (1730, 21.5, 26, 0, 0, 1130, 0, 106),
+        (22.9, 578, 0, 2020e6),
+        (74.6, 272, 19.2, 446e6, 569),
     ),
     (False, False, "several"): Costs(
-        (625, 10.7, 5.13, 0, 0, 0, 46.5),
-        (5.63, 271, 167, 515e6),
-        (10, 61.6, 6.42, 24.4e6, 0),
+        (691, 7.34, 5.55, 0, 0, 0, 0, 47.1),
+        (6.01, 284, 166, 585e6),
+        (33.8, 60.3, 6.86, 42.5e6, 0),
     ),
     (False, False, "one"): Costs(
-        (820, 117, 5.77, 0, 1990, 0, 0),
-        (5.7, 441, 579, 251e6),
-        (0, 974, 2.78, 0, 5160),
+        (893, 110, 5.88, 0, 0, 2070, 0, 0),
+        (5.93, 410, 408, 355e6),
+        (0, 915, 4.47, 0, 4360),
     ),
     (False, False, "one, few positions"): Costs(
-        (221, 128, 9.93, 0, 16000, 430, 0),
-        (15, 101, 0, 77e6),
-        (0, 93.2, 10.5, 36.9e6, 1710),
+        (246, 126, 9.97, 0, 0, 17800, 450, 0),
+        (15.2, 101, 0, 87e6),
+        (0, 92.8, 11.6, 42.8e6, 0),
     ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
 # product where a product is large; samples as groups are taken to be five times slower. `benchmark` needs none of it.
 CUDA_COSTS = {
-    (True, True, "several"): Costs((7, 0, 0.015, 0, 0, 0, 0), (0.015, 7, 7, 0)),
-    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
-    (False, True, "several"): Costs((7, 0, 0.075, 0, 0, 0, 0), (0.015, 7, 7, 0)),
-    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (True, True, "several"): Costs((7, 0, 0.015, 0, 0, 0, 0, 0), (0.015, 7, 7, 0)),
+    (True, False, "several"): Costs((2.4, 0, 0.005, 0, 0, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
+    (False, True, "several"): Costs((7, 0, 0.075, 0, 0, 0, 0, 0), (0.015, 7, 7, 0)),
+    (False, False, "several"): Costs((2.4, 0, 0.025, 0, 0, 0, 0, 0), (0.005, 2.4, 2.4, 0)),
 }
 
 
