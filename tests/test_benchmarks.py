@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import parameters
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.case import Case
-from dyn_lightning.per_sample.choice import INTEL_COSTS, OTHER_COSTS, Costs, kind_of
+from dyn_lightning.per_sample.choice import INTEL_COSTS, OTHER_COSTS, Costs, kind_of, mixed_first_work
 from dyn_lightning.per_sample.geometry import Geometry
 from experiments.benchmarks.dynamic_conv import fit_costs, growth, layers, modes, plots
 from experiments.benchmarks.dynamic_conv.__main__ import main
@@ -33,9 +33,8 @@ from experiments.benchmarks.dynamic_conv.layers import quality
 from experiments.benchmarks.dynamic_conv.networks import LEAST_STEPS, make_step
 from experiments.benchmarks.dynamic_conv.plots import draw
 from experiments.benchmarks.timing import in_slices, in_turn, interleaved, medians
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "experiments/benchmarks/results"
+from tests.command_line import ROOT
+from tests.kept_runs import NETWORKS, RESULTS, networks
 
 
 def test_the_slow_alone_are_given_up() -> None:
@@ -95,7 +94,7 @@ def test_a_process_that_fails_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_lines_are_the_costs_that_made_the_times() -> None:
-    costs = Costs((5000, 300, 40, 0, 500, 800, 600), (30, 2000, 900, 5e8), (70, 400, 30, 3e8, 600))
+    costs = Costs((5000, 300, 40, 0, 0, 500, 800, 600), (30, 2000, 900, 5e8), (70, 400, 30, 3e8, 600))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     results = []
     for channels, pixels, kernels in ((64, 56, 4), (128, 28, 2), (512, 7, 4), (64, 8, 8), (256, 2, 4), (96, 64, 16)):
@@ -113,6 +112,14 @@ def test_lines_are_the_costs_that_made_the_times() -> None:
         assert found == pytest.approx(made, rel=1e-6)
     without = [(case, first, {name: times[name] for name in (first, "mixture")}) for case, first, times in results]
     assert lines(without).cpp == fit(without).cpp == ()
+
+
+@pytest.mark.parametrize(("size", "training", "counts"), [(1, True, True), (1, False, False), (3, True, False)])
+def test_what_goes_into_products_counts_in_training(size: int, training: bool, counts: bool) -> None:
+    geometry = Geometry((1, 1), (size // 2, size // 2), (1, 1), 1)
+    shapes = torch.Size((32, 96, 56, 56)), torch.Size((4, 16, 96, size, size))
+    case = Case(*shapes, geometry, torch.float32, "cpu", False, True, training, 2**28, True, True)
+    assert mixed_first_work(case)[4:6] == (counts * 32 * 96 * 56 * 56, 32 * 16 * 56 * 56)
 
 
 def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
@@ -267,26 +274,15 @@ def test_runs_of_the_same_cases_are_also_taken_together() -> None:
 
 
 @pytest.mark.parametrize("processor", ["intel", "other"])
-@pytest.mark.parametrize(
-    ("names", "what", "rows"),
-    [
-        (["networks_224_forward", "networks_224", "networks_32", "networks_one"], "{network}, {size} px | {job}", 30),
-        (
-            [f"by_glibc/networks_{which}" for which in ("x05_224", "resnet18_224", "32")],
-            "{network}, {size} px, by glibc",
-            4,
-        ),
-    ],
-    ids=["kept", "by_glibc"],
-)
-def test_the_tables_of_networks_are_of_the_kept_runs(names: list[str], what: str, rows: int, processor: str) -> None:
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "by_glibc"])
+def test_the_tables_of_networks_are_of_the_kept_runs(kept: bool, processor: str) -> None:
     log = (ROOT / "experiments/LOG.md").read_text()
-    found = {}
-    for name in names:
-        for result in json.loads((RESULTS / processor / f"{name}.json").read_text())["results"]["networks"]:
-            found[what.format(**result)] = result["milliseconds"]
-    assert len(found) == rows
-    for row, times in found.items():
+    by_glibc = [f"by_glibc/networks_{which}" for which in ("x05_224", "resnet18_224", "32")]
+    found = networks(processor, NETWORKS[processor] if kept else by_glibc)
+    assert len(found) == (30 if kept else 4)
+    for (network, size, job), result in found.items():
+        row = f"{network}, {size} px | {job}" if kept else f"{network}, {size} px, by glibc"
+        times = result["milliseconds"]
         static, best = times["static"], min(times[name] for name in times.keys() - {"static", "timm"})
         shown = ("grouped", "matmul", "mixture", "chunked", "cpp", "timm", "auto")
         columns = [f"{times[name] / static:.2f}" for name in shown]

@@ -19,6 +19,7 @@ from dyn_lightning import convert, watch
 from dyn_lightning.cost import multiply_adds, parameters
 from dyn_lightning.layers import CONVS
 from tests.command_line import ROOT, fit
+from tests.kept_runs import NETWORKS, networks
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
 
@@ -107,14 +108,11 @@ def test_the_layer_table(name: str) -> None:
 
 def test_the_speed_table_is_of_kept_runs() -> None:
     kept: dict[tuple[str, str], str] = {}
-    for name in ("networks_224_forward", "networks_224", "networks_32", "networks_one"):
-        path = ROOT / f"experiments/benchmarks/results/intel/{name}.json"
-        for result in json.loads(path.read_text())["results"]["networks"]:
-            network = f"{result['network']}, {result['size']} px"
-            for job, column in ((result["job"], "milliseconds"), (f"memory of a {result['job']}", "MiB")):
-                values = result[column]
-                ratios = " | ".join(f"{values[name] / values['static']:.2f}" for name in ("auto", "timm"))
-                kept[network, job] = ratios
+    for (name, size, measured), result in networks("intel", NETWORKS["intel"]).items():
+        for job, column in ((measured, "milliseconds"), (f"memory of a {measured}", "MiB")):
+            values = result[column]
+            ratios = " | ".join(f"{values[which] / values['static']:.2f}" for which in ("auto", "timm"))
+            kept[f"{name}, {size} px", job] = ratios
     shown = re.findall(r"^\| (.*, (?:32|224) px) \|(.*)\|$", README, re.MULTILINE)
     assert len(shown) == 10
     for network, cells in shown:

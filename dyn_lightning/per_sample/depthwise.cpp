@@ -36,9 +36,9 @@ template <typename Number> void copy(const Number *row, int64_t count, Number *t
 
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
-// kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. What is
-// computed for the columns in between is dropped, or multiplied with zero; so where torch skips padding, infinite
-// numbers may give NaN to more of a gradient here.
+// kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. Zeros
+// are multiplied like pixels; so where torch skips padding, infinite numbers may give NaN to more of an output or a
+// gradient here.
 template <typename Number> class PlaneByPlane {
   static constexpr int LANES = ::LANES<Number>, TOGETHER = 4, WEIGHTS = 9;  // vectors and weights at once
   using Vector = ::Vector<Number>;
@@ -53,8 +53,8 @@ template <typename Number> class PlaneByPlane {
   const int64_t front = reach_down * pitch + reach_right;  // zeros before a gradient
   const int64_t room = lines * pitch + reach_right + 2 * LANES;  // vectors read beyond the end
   const int64_t phases = z.down * z.right;
-  // Lines of the input's gradient that are summed up at once, and their numbers of each phase.
-  const int64_t together = std::max<int64_t>(1, 16 * LANES / pitch), block = together * pitch;
+  // Lines of the input's gradient that are summed up at once, and their numbers in each phase.
+  const int64_t lines_at_once = std::clamp<int64_t>(16 * LANES / pitch, 1, lines), block = lines_at_once * pitch;
   std::vector<Tap> seen;                 // by the output
   std::vector<std::vector<Tap>> giving;  // to each phase of the input's gradient
 
@@ -78,7 +78,7 @@ template <typename Number> class PlaneByPlane {
 #pragma omp for
       for (int64_t p = 0; p < planes; p++) {
         ahead.begin();
-        ahead.add(input + (p + 1) * inputs, inputs), ahead.add(output + (p + 1) * outputs, outputs);
+        ahead.add(input, (p + 1) * inputs, inputs), ahead.add(output, (p + 1) * outputs, outputs);
         copy(kernels + p * weights, weights, kernel.data());
         split(input + p * inputs, map.data(), row.data(), ahead);
         add_up(map.data(), seen, kernel.data(), z.rows, z.columns, output + p * outputs, ahead);
@@ -91,15 +91,15 @@ template <typename Number> class PlaneByPlane {
                 Number *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> map(kernels_grad ? phases * room : 0), parts(phases * block);
+      std::vector<Number> map(kernels_grad ? phases * room : 0), blocks(phases * block);
       std::vector<Number> row(line()), row_grad(line()), sums_grad(front + room), kernel(weights);
       Ahead ahead;
 #pragma omp for
       for (int64_t p = 0; p < planes; p++) {
         ahead.begin();
-        ahead.add(grad + (p + 1) * outputs, outputs);
-        if (kernels_grad) ahead.add(input + (p + 1) * inputs, inputs);
-        if (input_grad) ahead.add(input_grad + (p + 1) * inputs, inputs);
+        ahead.add(grad, (p + 1) * outputs, outputs);
+        if (kernels_grad) ahead.add(input, (p + 1) * inputs, inputs);
+        if (input_grad) ahead.add(input_grad, (p + 1) * inputs, inputs);
         Number *sums = sums_grad.data() + front;
         for (int64_t r = 0; r < z.rows; r++) {
           ahead.step();
@@ -112,7 +112,7 @@ template <typename Number> class PlaneByPlane {
         }
         if (input_grad) {
           copy(kernels + p * weights, weights, kernel.data());
-          give(sums, kernel.data(), input_grad + p * inputs, parts.data(), row_grad.data(), ahead);
+          give(sums, kernel.data(), input_grad + p * inputs, blocks.data(), row_grad.data(), ahead);
         }
       }
     }
@@ -152,16 +152,15 @@ template <typename Number> class PlaneByPlane {
 
   // Give the input's gradient what its phases come to, a few lines at a time, and zeros where no kernel sees it: into
   // the row, which was zero, nothing is written there.
-  void give(const Number *sums, const Number *kernel, Number *map, Number *parts, Number *row, Ahead &ahead) const {
-    if (phases == 1 && z.left + z.width <= pitch && z.above + z.height <= lines)
+  void give(const Number *sums, const Number *kernel, Number *map, Number *blocks, Number *row, Ahead &ahead) const {
+    if (phases == 1)
       return add_up(sums + z.above * pitch + z.left, giving[0], kernel, z.height, z.width, map, ahead);
     for (int64_t l = 0; l < lines; l++) {
-      if (l % together == 0) {
-        const int64_t count = std::min(together, lines - l) * pitch;  // as one row, since nothing lies between
+      if (l % lines_at_once == 0)
         for (int64_t phase = 0; phase < phases; phase++)
-          add_up(sums + l * pitch, giving[phase], kernel, 1, count, parts + phase * block, ahead);
-      }
-      const Number *from = parts + l % together * pitch;
+          add_up(sums + l * pitch, giving[phase], kernel, std::min(lines_at_once, lines - l), pitch,
+                 blocks + phase * block, ahead);
+      const Number *from = blocks + l % lines_at_once * pitch;
       for (int64_t a = 0; a < z.down; a++, from += z.right * block) {
         const int64_t r = l * z.down + a - z.above;
         if (r < 0 || r >= z.height) continue;
@@ -181,8 +180,10 @@ template <typename Number> class PlaneByPlane {
   // the one before.
   void add_up(const Number *from, const std::vector<Tap> &taps, const Number *kernel, int64_t rows, int64_t columns,
               Number *to, Ahead &ahead) const {
+    if (columns == pitch) columns *= rows, rows = 1;  // nothing lies between
     if (columns < LANES) {
       for (int64_t r = 0; r < rows; r++, from += pitch, to += columns) {
+        ahead.step();
         Vector sum = {};
         for (const Tap &tap : taps) sum += kernel[tap.weight] * load(from + tap.offset);
         copy((const Number *)&sum, columns, to);
@@ -331,16 +332,17 @@ template <typename Pixel> class PlanesTogether {
     {
       Maps of = maps();
       Ahead ahead;
+      const auto step = [&] { ahead.step(); };
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
         ahead.begin();
-        ahead.add(input + (p + LANES) * inputs, LANES * inputs);
-        ahead.add(output + (p + LANES) * outputs, LANES * outputs);
-        take(kernels + p * weights, weights, count, of.kernel, InOrder(), ahead);
-        take(input + p * inputs, inputs, count, of.input, at(of_input), ahead);
-        pixels.add_up(met(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data(), &ahead);
-        give(of.result, outputs, count, output + p * outputs, ahead);
+        ahead.add(input, (p + LANES) * inputs, LANES * inputs);
+        ahead.add(output, (p + LANES) * outputs, LANES * outputs);
+        take(kernels + p * weights, weights, count, of.kernel, InOrder(), step);
+        take(input + p * inputs, inputs, count, of.input, at(of_input), step);
+        pixels.add_up(met(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data(), step);
+        give(of.result, outputs, count, output + p * outputs, step);
       }
     }
   }
@@ -352,23 +354,24 @@ template <typename Pixel> class PlanesTogether {
     {
       Maps of = maps();
       Ahead ahead;
+      const auto step = [&] { ahead.step(); };
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
         ahead.begin();
-        ahead.add(grad + (p + LANES) * outputs, LANES * outputs);
-        if (kernels_grad) ahead.add(input + (p + LANES) * inputs, LANES * inputs);
-        if (input_grad) ahead.add(input_grad + (p + LANES) * inputs, LANES * inputs);
-        take(grad + p * outputs, outputs, count, of.output, at(of_output), ahead);
+        ahead.add(grad, (p + LANES) * outputs, LANES * outputs);
+        if (kernels_grad) ahead.add(input, (p + LANES) * inputs, LANES * inputs);
+        if (input_grad) ahead.add(input_grad, (p + LANES) * inputs, LANES * inputs);
+        take(grad + p * outputs, outputs, count, of.output, at(of_output), step);
         if (kernels_grad) {
-          take(input + p * inputs, inputs, count, of.input, at(of_input), ahead);
-          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), of.kernel.data(), &ahead);
-          give(of.kernel, weights, count, kernels_grad + p * weights, ahead);
+          take(input + p * inputs, inputs, count, of.input, at(of_input), step);
+          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), of.kernel.data(), step);
+          give(of.kernel, weights, count, kernels_grad + p * weights, step);
         }
         if (input_grad) {
-          take(kernels + p * weights, weights, count, of.kernel, InOrder(), ahead);
-          pixels.add_up(met(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data(), &ahead);
-          give(of.result, inputs, count, input_grad + p * inputs, ahead);
+          take(kernels + p * weights, weights, count, of.kernel, InOrder(), step);
+          pixels.add_up(met(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data(), step);
+          give(of.result, inputs, count, input_grad + p * inputs, step);
         }
       }
     }
@@ -391,13 +394,14 @@ template <typename Pixel> class PlanesTogether {
   }
 
   // Turn some planes, or back.
-  template <typename Place>
+  template <typename Place, typename Each>
   static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to, Place place,
-                   Ahead &ahead) {
-    transpose(planes, length, count, length, to.data(), LANES, 0, place, [&] { ahead.step(); });
+                   Each each) {
+    transpose(planes, length, count, length, to.data(), LANES, 0, place, each);
   }
-  static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes, Ahead &ahead) {
-    transpose(from.data(), LANES, length, count, planes, length, 0, InOrder(), [&] { ahead.step(); });
+  template <typename Each>
+  static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes, Each each) {
+    transpose(from.data(), LANES, length, count, planes, length, 0, InOrder(), each);
   }
 };
 

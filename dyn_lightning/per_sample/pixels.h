@@ -18,7 +18,7 @@ struct Sizes {  // in the order in which Python gives them
 // Of as many channels as a vector has, or more; the last two vectors may overlap. Padding is skipped, as torch skips
 // it. If the caller lays zeros between rows, those beside a row are multiplied too where the columns at the edge then
 // belong to longer runs and less is loaded; so infinite weights and gradients may give NaN to more there. `fetches`
-// lets the cache fetch the next rows, which pays unless the maps are near already.
+// lets the cache fetch the next rows, which pays unless the maps are near already; `each` is called with each run.
 template <typename Pixel, bool fetches> class Pixels {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>, TOGETHER = 8;  // columns of a run
@@ -88,8 +88,9 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   // Give each pixel of a side the sum of those that it meets, each times a weight; `from` has the other side's zeros.
-  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to, Ahead *ahead = nullptr) const {
-    for_runs(from, side, to, ahead, [&](auto count, int64_t r, const Run &run, int64_t v) {
+  template <typename Each = Nothing>
+  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to, Each each = Each()) const {
+    for_runs(from, side, to, each, [&](auto count, int64_t r, const Run &run, int64_t v) {
       Vector sum[count] = {};
       for (const Meeting &row : side.rows[r])
         for (const Meeting &column : run.met) {
@@ -103,9 +104,10 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   // Multiply what each weight sees with the output's gradient; both have their zeros.
-  void multiply(const Pixel *map, const Pixel *grad, Number *kernel, Ahead *ahead = nullptr) const {
+  template <typename Each = Nothing>
+  void multiply(const Pixel *map, const Pixel *grad, Number *kernel, Each each = Each()) const {
     std::fill_n(kernel, z.kernel_rows * z.kernel_columns * pitch, Number(0));
-    for_runs(map, output, grad, ahead, [&](auto count, int64_t r, const Run &run, int64_t v) {
+    for_runs(map, output, grad, each, [&](auto count, int64_t r, const Run &run, int64_t v) {
       Vector of[count];
       const Pixel *pixel = grad + (r * input.met_width + run.first) * channels + first[v];
       for (int i = 0; i < count; i++) of[i] = load(pixel + i * channels);
@@ -179,15 +181,13 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   // Call with each row of a side, its runs, and each vector.
-  template <typename Function>
-  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Ahead *ahead, Function function) const {
+  template <typename Each, typename Function>
+  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Each each, Function function) const {
     for (size_t r = 0; r < side.rows.size(); r++)
       for (const Run &run : side.runs)
         for (int64_t v = 0; v < vectors; v++) {
-          if constexpr (fetches)
-            fetch_run(from + first[v], side, of + first[v], r + 1, run);
-          else
-            ahead->step();
+          each();
+          if (fetches) fetch_run(from + first[v], side, of + first[v], r + 1, run);
           with_constant<TOGETHER>(run.count, [&](auto count) { function(count, r, run, v); });
         }
   }

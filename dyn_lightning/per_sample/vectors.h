@@ -92,6 +92,10 @@ ALWAYS_INLINE void fetch_rows(const Number *row, int64_t ahead, int64_t rows, in
   for (int64_t r = 0; r < rows; r++) fetch_row(row, ahead + r * step, length);
 }
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // Lets the cache fetch the maps that are computed next, a little with each step of what is computed now: only few lines
 // can be on their way at once, so that neither memory nor products are waited for.
 class Ahead {
@@ -99,15 +103,16 @@ class Ahead {
     uintptr_t at, goal;
     int64_t bytes;  // with each step
   } maps[3];
-  int64_t count = 0, steps = 0, last = 0;
+  int64_t count = 0, steps = 0, expected = 0;
 
  public:
-  // Begin to compute; as many steps are expected as the last time.
-  void begin() { count = 0, last = steps, steps = 0; }
+  // Begin to compute, in as many steps as the last time.
+  void begin() { count = 0, expected = steps, steps = 0; }
 
-  // Fetch so many numbers of a map, which may be beyond the end.
-  template <typename Pixel> void add(const Pixel *map, int64_t numbers) {
-    if (last) maps[count++] = {uintptr_t(map), uintptr_t(map), int64_t(numbers * sizeof(Pixel)) / last + 1};
+  // Have so many numbers fetched, which lie so far ahead in a map or beyond its end.
+  template <typename Pixel> void add(const Pixel *map, int64_t ahead, int64_t numbers) {
+    const uintptr_t at = uintptr_t(map) + ahead * sizeof(Pixel);
+    if (expected) maps[count++] = {at, at, int64_t(numbers * sizeof(Pixel)) / expected + 1};
   }
 
   ALWAYS_INLINE void step() {
@@ -148,10 +153,6 @@ inline void exchange(Vector<Number> *vectors, std::integer_sequence<int, lane...
 
 struct InOrder {
   int64_t operator()(int64_t column) const { return column; }
-};
-
-struct Nothing {
-  void operator()() const {}
 };
 
 // Transpose rows, which lie so far apart, and let the cache fetch what lies `ahead` of what is read, or written, too.

@@ -45,7 +45,7 @@ SHAPES = [
     ((3, 3), (1, 1), (2, 2), (2, 2), (7, 6)),
     ((3, 2), (2, 3), (3, 1), (3, 2), (9, 8)),
     ((3, 3), (2, 1), (0, 4), (1, 5), (6, 7)),
-    ((2, 2), (3, 3), (0, 0), (1, 1), (8, 9)),  # pixels between kernels, and after the last, that none sees
+    ((2, 2), (3, 3), (0, 0), (1, 1), (8, 9)),  # pixels between kernels that none sees
     ((2, 9), (1, 1), (0, 4), (1, 1), (2, 1)),  # columns of kernels that see zeros alone
     ((3, 3), (7, 7), (4, 4), (1, 1), (1, 1)),  # all do
     ((1, 5), (5, 5), (2, 2), (1, 1), (1, 3)),
@@ -53,6 +53,7 @@ SHAPES = [
     ((5, 5), (2, 2), (2, 2), (1, 1), (61, 75)),
     ((3, 3), (2, 1), (1, 1), (1, 1), (40, 37)),  # gradients of some lines at once, with a stride in one direction
     ((4, 5), (1, 3), (2, 1), (2, 1), (21, 64)),
+    ((2, 2), (3, 3), (0, 0), (1, 1), (10, 13)),  # rows and columns after the last that a kernel sees
 ]
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 3)
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
@@ -304,8 +305,9 @@ def test_tensors_that_are_not_dense() -> None:
 
 
 @pytest.mark.usefixtures("_planes")
-def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
-    x = torch.randn(1, 4, 8, 8)
+@pytest.mark.parametrize("size", [8, 42])  # narrower than a vector, and wider
+def test_pixels_that_no_kernel_sees_need_not_be_numbers(size: int) -> None:
+    x = torch.randn(1, 4, size, size)
     x[..., -1] = x[..., -1, :] = torch.inf
     kernels = torch.randn(4, 1, 3, 3, requires_grad=True)
     y = convolve(x.requires_grad_(), kernels, Geometry((2, 2), (0, 0), (1, 1), 4))
@@ -315,10 +317,11 @@ def test_pixels_that_no_kernel_sees_need_not_be_numbers() -> None:
 
 @pytest.mark.usefixtures("_planes")
 @pytest.mark.parametrize("other", [torch.nan, torch.inf])
-def test_planes_do_not_see_each_other(other: float) -> None:
+@pytest.mark.parametrize(("size", "stride"), [((8, 7), 1), ((21, 19), 1), ((21, 39), 2)])
+def test_planes_do_not_see_each_other(other: float, size: Pair, stride: int) -> None:
     torch.manual_seed(0)
-    geometry, found = Geometry((1, 1), (1, 1), (1, 1), 37), []
-    tensors = [torch.randn(shape) for shape in ((1, 37, 8, 7), (37, 1, 3, 3))]
+    geometry, found = Geometry((stride, stride), (1, 1), (1, 1), 37), []
+    tensors = [torch.randn(shape) for shape in ((1, 37, *size), (37, 1, 3, 3))]
     for value in (None, other):
         x, kernels = (tensor.clone() for tensor in tensors)
         if value is not None:
