@@ -34,12 +34,23 @@ template <typename Number> void copy(const Number *row, int64_t count, Number *t
   if (bytes >= 4) return copy_ends<4>(from, bytes, to);
 }
 
+// Copy a row of other numbers, which vectors of `float` stand for.
+template <typename From, typename To> void copy(const From *row, int64_t count, To *to_row) {
+  constexpr int64_t lanes = LANES<float>;
+  for (int64_t i = 0; count < lanes && i < count; i++) assign(row[i], to_row[i]);
+  for (int64_t i = 0; count >= lanes && i < count; i += lanes) {
+    const int64_t first = std::min(i, count - lanes);
+    store(load(row + first), to_row + first);
+  }
+}
+
 // A padded plane is taken apart by the stride into phases: what one position of a kernel sees, as the kernel steps over
 // the plane, lies side by side in one of them. The rows of a phase follow each other with as many zeros between as a
 // kernel reaches over, so forward pass and gradients are sums and products of shifted vectors, without an edge. Zeros
 // are multiplied like pixels; so where torch skips padding, infinite numbers may give NaN to more of an output or a
 // gradient here.
-template <typename Number> class PlaneByPlane {
+template <typename Pixel> class PlaneByPlane {
+  using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>, TOGETHER = 4, WEIGHTS = 9;  // vectors and weights at once
   using Vector = ::Vector<Number>;
 
@@ -70,7 +81,7 @@ template <typename Number> class PlaneByPlane {
       }
   }
 
-  void forward(Number *output, const Number *input, const Number *kernels) const {
+  void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> map(phases * room), row(line()), kernel(weights);
@@ -87,8 +98,8 @@ template <typename Number> class PlaneByPlane {
   }
 
   // What is not wanted is null.
-  void backward(const Number *grad, const Number *input, const Number *kernels, Number *input_grad,
-                Number *kernels_grad) const {
+  void backward(const Pixel *grad, const Pixel *input, const Pixel *kernels, Pixel *input_grad,
+                Pixel *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
       std::vector<Number> map(kernels_grad ? phases * room : 0), blocks(phases * block);
@@ -130,7 +141,7 @@ template <typename Number> class PlaneByPlane {
   }
 
   // Lay out a map in phases; what is padding there is zero and stays so.
-  void split(const Number *map, Number *phase, Number *row, Ahead &ahead) const {
+  void split(const Pixel *map, Number *phase, Number *row, Ahead &ahead) const {
     for (int64_t a = 0; a < z.down; a++, phase += z.right * room)
       for (int64_t l = 0; l < lines; l++) {
         const int64_t r = l * z.down + a - z.above;
@@ -152,7 +163,7 @@ template <typename Number> class PlaneByPlane {
 
   // Give the input's gradient what its phases come to, a few lines at a time, and zeros where no kernel sees it: into
   // the row, which was zero, nothing is written there.
-  void give(const Number *sums, const Number *kernel, Number *map, Number *blocks, Number *row, Ahead &ahead) const {
+  void give(const Number *sums, const Number *kernel, Pixel *map, Number *blocks, Number *row, Ahead &ahead) const {
     if (phases == 1)
       return add_up(sums + z.above * pitch + z.left, giving[0], kernel, z.height, z.width, map, ahead);
     for (int64_t l = 0; l < lines; l++) {
@@ -173,13 +184,14 @@ template <typename Number> class PlaneByPlane {
       }
     }
     const int64_t reached = std::max<int64_t>(0, lines * z.down - z.above);
-    if (reached < z.height) std::fill(map + reached * z.width, map + inputs, Number(0));
+    if (reached < z.height) std::fill(map + reached * z.width, map + inputs, Pixel());
   }
 
   // Give rows of a map the sums of what they see, which lies `pitch` apart; the last vector of a row may overlap with
   // the one before.
+  template <typename To>
   void add_up(const Number *from, const std::vector<Tap> &taps, const Number *kernel, int64_t rows, int64_t columns,
-              Number *to, Ahead &ahead) const {
+              To *to, Ahead &ahead) const {
     if (columns == pitch) columns *= rows, rows = 1;  // nothing lies between
     if (columns < LANES) {
       for (int64_t r = 0; r < rows; r++, from += pitch, to += columns) {
@@ -195,7 +207,7 @@ template <typename Number> class PlaneByPlane {
       ahead.step();
       with_constant<TOGETHER>(vectors - v, [&](auto N) {
         const Number *read[N];
-        Number *written[N];
+        To *written[N];
         for (int n = 0; n < N; n++) {
           const int64_t first = std::min(column, columns - LANES);
           read[n] = from + row * pitch + first, written[n] = to + row * columns + first;
@@ -406,9 +418,8 @@ template <typename Pixel> class PlanesTogether {
 };
 
 template <typename Pixel, typename Function> void with_planes(const Sizes &z, Function function) {
-  if constexpr (!std::is_same<Pixel, BFloat16>::value)
-    if (!z.together) return function(PlaneByPlane<Pixel>(z));
-  function(PlanesTogether<Pixel>(z));
+  if (z.together) return function(PlanesTogether<Pixel>(z));
+  function(PlaneByPlane<Pixel>(z));
 }
 
 }  // namespace

@@ -61,8 +61,9 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 
 @pytest.fixture(params=["together", "one by one"])
 def _planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute planes of any size together, and one by one, which bfloat16 never is."""
-    monkeypatch.setattr(depthwise, "MOST_TOGETHER", 1 << 20 if request.param == "together" else 0)
+    """Compute planes of any size together, and one by one."""
+    most = 1 << 20 if request.param == "together" else 0
+    monkeypatch.setattr(depthwise, "MOST_TOGETHER", dict.fromkeys(depthwise.DTYPES, most))
     monkeypatch.setattr(depthwise, "LEAST_TOGETHER", 1 << 20)  # with a stride too
     monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
 
