@@ -51,7 +51,7 @@ template <typename From, typename To> void copy(const From *row, int64_t count, 
 // gradient here.
 template <typename Pixel> class PlaneByPlane {
   using Number = typename Computed<Pixel>::Number;
-  static constexpr int LANES = ::LANES<Number>, TOGETHER = 4, WEIGHTS = 9;  // vectors and weights at once
+  static constexpr int LANES = ::LANES<Number>, TOGETHER = 4;  // vectors at once
   using Vector = ::Vector<Number>;
 
   const Sizes &z;
@@ -222,24 +222,29 @@ template <typename Pixel> class PlaneByPlane {
     }
   }
 
-  // Multiply what each weight sees with the output's gradient, of which a vector is loaded for several weights. Parts
-  // are summed up apart, as long sums are less exact.
+  // Multiply what each weight sees with the output's gradient.
   void multiply(const Number *map, const Number *sums, Number *kernel, Ahead &ahead) const {
+    size_t w = 0;
+    for (; w + 9 <= seen.size(); w += 9) multiply_some<9>(map, sums, &seen[w], kernel, ahead);
+    for (; w + 3 <= seen.size(); w += 3) multiply_some<3>(map, sums, &seen[w], kernel, ahead);
+    for (; w < seen.size(); w++) multiply_some<1>(map, sums, &seen[w], kernel, ahead);
+  }
+
+  // For N weights a vector of the gradient is loaded once. Parts are summed up apart, as long sums are less exact.
+  template <int N>
+  void multiply_some(const Number *map, const Number *sums, const Tap *taps, Number *kernel, Ahead &ahead) const {
     const int64_t count = z.rows * pitch, part = 64 * LANES;
-    for (size_t first = 0; first < seen.size(); first += WEIGHTS)
-      with_constant<WEIGHTS>(seen.size() - first, [&](auto N) {
-        Vector total[N] = {};
-        for (int64_t begin = 0; begin < count; begin += part) {
-          Vector some[N] = {};
-          for (int64_t q = begin; q < std::min(begin + part, count); q += LANES) {
-            if (q / LANES % TOGETHER == 0) ahead.step();
-            const Vector of = load(sums + q);
-            for (int n = 0; n < N; n++) some[n] += of * load(map + seen[first + n].offset + q);
-          }
-          for (int n = 0; n < N; n++) total[n] += some[n];
-        }
-        for (int n = 0; n < N; n++) kernel[seen[first + n].weight] = sum(total[n]);
-      });
+    Vector total[N] = {};
+    for (int64_t begin = 0; begin < count; begin += part) {
+      Vector some[N] = {};
+      for (int64_t q = begin; q < std::min(begin + part, count); q += LANES) {
+        if (q / LANES % TOGETHER == 0) ahead.step();
+        const Vector of = load(sums + q);
+        for (int n = 0; n < N; n++) some[n] += of * load(map + taps[n].offset + q);
+      }
+      for (int n = 0; n < N; n++) total[n] += some[n];
+    }
+    for (int n = 0; n < N; n++) kernel[taps[n].weight] = sum(total[n]);
   }
 
   // Lane by lane it would take longer than all products of a small map.
@@ -344,7 +349,7 @@ template <typename Pixel> class PlanesTogether {
     {
       Maps of = maps();
       Ahead ahead;
-      const auto step = [&] { ahead.step(); };
+      const AheadStep step = {ahead};
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);
@@ -366,7 +371,7 @@ template <typename Pixel> class PlanesTogether {
     {
       Maps of = maps();
       Ahead ahead;
-      const auto step = [&] { ahead.step(); };
+      const AheadStep step = {ahead};
 #pragma omp for
       for (int64_t p = 0; p < planes; p += LANES) {
         const int64_t count = std::min(LANES, planes - p);

@@ -134,7 +134,7 @@ def _compile(command: list[str], linker: list[str], path: Path) -> None:
     # A network's file system keeps what is loaded in the folder until it is not anymore.
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         parts, whole = [f"{folder}/{source.stem}.o" for source in SOURCES], f"{folder}/whole.so"
-        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=120)
+        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=600)
         jobs = [[*command, "-c", str(source), "-o", part] for source, part in zip(SOURCES, parts, strict=True)]
         with ThreadPoolExecutor() as pool:
             list(pool.map(run, jobs))  # raises what one of them raised

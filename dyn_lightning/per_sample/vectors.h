@@ -115,11 +115,17 @@ class Ahead {
     if (expected) maps[count++] = {at, at, int64_t(numbers * sizeof(Pixel)) / expected + 1};
   }
 
-  ALWAYS_INLINE void step() {
+  void step() {
     steps++;
     for (int64_t m = 0; m < count; m++)
       for (maps[m].goal += maps[m].bytes; maps[m].at < maps[m].goal; maps[m].at += 64) fetch((char *)maps[m].at, 0);
   }
+};
+
+// To be called with each step; of one type, since what is called with it is compiled for each type.
+struct AheadStep {
+  Ahead &ahead;
+  void operator()() const { ahead.step(); }
 };
 
 // Call with a number up to `most` as one that the compiler knows.

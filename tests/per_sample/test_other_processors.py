@@ -27,7 +27,8 @@ TESTS = {
 }
 
 
-@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_processors(capability: str, tmp_path: Path) -> None:
     """Run the tests of shapes in a process that compiles for another processor."""
     done = run_tests(tmp_path, ATEN_CPU_CAPABILITY=capability)
@@ -58,7 +59,7 @@ def run_tests(cache: Path, **environment: str) -> subprocess.CompletedProcess[st
     """Run the tests of shapes in a process that compiles into a folder of its own."""
     tests = [f"{module.__file__}::{name}" for module, names in TESTS.items() for name in names]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *tests],
+        [sys.executable, "-m", "pytest", "-qx", "-Werror:dynamic convolutions are slower", *tests],
         env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
         capture_output=True,
         text=True,
