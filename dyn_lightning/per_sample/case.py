@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
     def is_mixed_in_cpp(self) -> bool:
         """Whether our C++ can compute it with kernels that it mixes block by block."""
-        return not why_not(self.weight, self.geometry, self.dtype, self.device)
+        return not why_not(self.input, self.weight, self.geometry, self.dtype, self.device, self.channels_last)
 
     def unfolds(self) -> bool:
         """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""

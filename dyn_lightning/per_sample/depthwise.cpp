@@ -244,19 +244,7 @@ template <typename Pixel> class PlaneByPlane {
       }
       for (int n = 0; n < N; n++) total[n] += some[n];
     }
-    for (int n = 0; n < N; n++) kernel[taps[n].weight] = sum(total[n]);
-  }
-
-  // Lane by lane it would take longer than all products of a small map.
-  static inline Number sum(Vector vector) {
-    typedef Number Part __attribute__((vector_size(16)));
-    Part parts[BYTES / 16];
-    std::memcpy(parts, &vector, BYTES);
-    for (int half = BYTES / 32; half > 0; half /= 2)
-      for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    Number total = 0;
-    for (size_t lane = 0; lane < 16 / sizeof(Number); lane++) total += parts[0][lane];
-    return total;
+    for (int n = 0; n < N; n++) kernel[taps[n].weight] = ::total<Number>(total[n]);
   }
 };
 

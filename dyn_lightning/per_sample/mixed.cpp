@@ -1,11 +1,9 @@
 // Convolution with kernels mixed for each sample, and its gradients. Of the mixed kernels there is one block at a time,
 // of some input and output channels at one place of the kernel: it is mixed into a near cache, multiplied with whole
-// maps, and forgotten. Sums lie pixel by pixel, and are turned round for maps that lie channel by channel; only where a
-// channel's pixels are whole vectors and a kernel is one weight, they are summed as they lie.
+// maps, and forgotten. Sums lie pixel by pixel, and are turned round for maps that lie channel by channel.
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -14,13 +12,12 @@
 namespace {
 
 // Input channels and output channels of a block; where it has fewer of one side, it may have more of the other, but no
-// more weights than this squared: `Sizes` say how many, in whole vectors. (For planes, which read a weight less often,
-// DEEPER times as many.)
-constexpr int64_t BLOCK = 64, DEEPER = 4;
+// more weights than this squared: `Sizes` say how many, in whole vectors.
+constexpr int64_t BLOCK = 64;
 constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what it is mixed of is read once
-// Rows of some samples' blocks, pixels of a row, and vectors of a map that fit into the nearest cache; bytes of maps
-// that fit into the next one, and into the part of the last one that a thread can count on.
-constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEAR_VECTORS = (1 << 14) / BYTES, NEXT = 1 << 19, LAST = 1 << 22;
+// Rows of some samples' blocks, and pixels of a row, that fit into the nearest cache; bytes of maps that fit into the
+// next one, and into the part of the last one that a thread can count on.
+constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEXT = 1 << 19, LAST = 1 << 22;
 
 template <typename Number> class Mixed {
   static constexpr int LANES = ::LANES<Number>, LINE = ::LINE<Number>;
@@ -45,22 +42,17 @@ template <typename Number> class Mixed {
     const int64_t fitting = room / int64_t(sizeof(Number)) / size;
     const int64_t groups = (z.threads + used - 1) / used, share = (z.samples + groups - 1) / groups;
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, std::min(fitting, share)));
-    // Where there are few, planes are divided too.
-    const int64_t tasks = samples.size() * used;
-    const int64_t parts = way.of_planes && tasks < z.threads ? z.threads / std::gcd(tasks, z.threads) : 1;
-    const auto runs = parts_of(way.written, (way.written + parts - 1) / parts, way.of_planes ? LANES : 1);
 #pragma omp parallel num_threads(z.threads)
     {
       Work work;
-      work.kernels.resize(TOGETHER * std::min(way.largest, way.deep * std::min(widest, way.wide)));
+      work.kernels.resize(TOGETHER * std::min(BLOCK * BLOCK, way.deep * std::min(widest, way.wide)));
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], back, ordered);
-#pragma omp for collapse(3)
+#pragma omp for collapse(2)
       for (size_t g = 0; g < samples.size(); g++)
         for (size_t b = 0; b < blocks.size(); b++)
-          for (size_t r = 0; r < runs.size(); r++)
-            convolve_block(way, samples[g], blocks[b], runs[r], from, routing, ordered, work, to);
+          convolve_block(way, samples[g], blocks[b], from, routing, ordered, work, to);
     }
   }
 
@@ -110,19 +102,13 @@ template <typename Number> class Mixed {
     bool back;
     int64_t deep, read, wide, written;
     bool gives_all;  // the sums begin with the first tap, which reaches each; otherwise with zeros in memory
-    bool of_planes;  // a number of a kernel times vectors of pixels; otherwise a number of a pixel times vectors of one
-    bool turned;
-    int64_t largest;  // weights of a block
   };
 
   Way way_of(bool back) const {
     const int64_t written = back ? inputs : outputs;
-    const bool gives_all = taps[0].rows.length() * taps[0].columns.length() == written;
-    const bool of_planes = z.planes && count == 1 && gives_all && inputs == outputs && written % LANES == 0 &&
-                           written >= VECTORS * LANES;
     return {back, back ? z.out_channels : z.in_channels, back ? outputs : inputs,
-            back ? z.in_channels : z.out_channels, written, gives_all, of_planes, z.planes && !of_planes,
-            of_planes ? DEEPER * BLOCK * BLOCK : BLOCK * BLOCK};
+            back ? z.in_channels : z.out_channels, written,
+            taps[0].rows.length() * taps[0].columns.length() == written};
   }
 
   // A sample's map, and how far one pixel and one channel lie from the next.
@@ -139,17 +125,17 @@ template <typename Number> class Mixed {
     return {begin, z.planes ? 1 : channels, z.planes ? pixels : 1};
   }
 
-  // Give some samples' maps, in planes a run of pixels, what a block of all taps gives.
-  void convolve_block(const Way &way, Range samples, Range block, Range run, const Number *from, const Number *routing,
+  // Give some samples' maps what a block of all taps gives.
+  void convolve_block(const Way &way, Range samples, Range block, const Number *from, const Number *routing,
                       const Number *ordered, Work &work, Number *to) const {
     const auto columns = columns_of<Number>(block.length());
-    const auto depths = parts_of(way.deep, way.largest / block.length());
-    const int64_t pitch = way.turned ? block.length() : way.wide;
+    const auto depths = parts_of(way.deep, BLOCK * BLOCK / block.length());
+    const int64_t pitch = z.planes ? block.length() : way.wide;
     from += samples.first * way.read * way.deep, to += samples.first * way.written * way.wide;
     routing += samples.first * z.kernels, ordered += block.first * count * way.deep * z.kernels;
     const size_t size = samples.length() * way.written * block.length();
-    if (way.turned && work.sums.size() < size) work.sums.resize(size);
-    Number *const sums = way.turned ? work.sums.data() : to + block.first;
+    if (z.planes && work.sums.size() < size) work.sums.resize(size);
+    Number *const sums = z.planes ? work.sums.data() : to + block.first;
     for (int64_t p = 0; !way.gives_all && p < samples.length() * way.written; p++)
       std::fill_n(sums + p * pitch, block.length(), Number(0));
     for (const Tap &tap : taps)
@@ -162,17 +148,13 @@ template <typename Number> class Mixed {
           for (int64_t s = some.first; s < some.last; s++) {
             const Map map = map_of(from + s * way.read * way.deep, way.deep, way.read).from(depth.first);
             const Number *kernel = work.kernels.data() + (s - some.first) * depth.length() * block.length();
-            if (way.of_planes)
-              add_up_planes(map, run, kernel, depth.length(), block.length(),
-                            to + (s * way.wide + block.first) * way.written, begins);
-            else
-              add_up(map, tap, kernel, depth.length(), block.length(), columns, sums + s * way.written * pitch, pitch,
-                     way.back, begins);
+            add_up(map, tap, kernel, depth.length(), block.length(), columns, sums + s * way.written * pitch, pitch,
+                   way.back, begins);
           }
         }
         ordered += depth.length() * z.kernels * block.length();
       }
-    for (int64_t s = 0; way.turned && s < samples.length(); s++)
+    for (int64_t s = 0; z.planes && s < samples.length(); s++)
       transpose<false, true>(sums + s * way.written * pitch, pitch, way.written, pitch,
                              to + (s * way.wide + block.first) * way.written, way.written, 2 * LINE);
   }
@@ -312,28 +294,6 @@ template <typename Number> class Mixed {
               {kernel + of.range.first, width, 0}, {1, deep, of.range.length(), begins},
               sums + first * to_step + of.range.first, to_step);
         }
-      }
-    }
-  }
-
-  // Add to pixels of a sample's planes what a block of kernels of one weight gives.
-  void add_up_planes(Map from, Range pixels, const Number *kernel, int64_t deep, int64_t width, Number *to,
-                     bool begins) const {
-    // As many vectors as leave room in the nearest cache, but on Intel's processors, which multiply two at once, and
-    // would wait for the sums if these were few.
-    const int64_t near = std::max<int64_t>(1, std::min<int64_t>(VECTORS, NEAR_VECTORS / deep));
-    const int64_t vectors = z.intel ? VECTORS : near;
-    from.begin += pixels.first, to += pixels.first;
-    for (const Range &run : parts_of(pixels.length(), vectors * LANES, LANES)) {
-      const int64_t most = sums_of<Number>(run.length()), tiles = (width + most - 1) / most;
-      for (int64_t tile = 0, first = 0, last; tile < tiles; tile++, first = last) {
-        last = width * (tile + 1) / tiles;
-        const Range next = {deep * tile / tiles, deep * (tile + 1) / tiles};  // in parts, or they would be waited for
-        fetch_rows(from.begin, next.first * from.channel + run.last, next.length(), from.channel, run.length());
-        fetch_rows(to, first * from.channel + run.last, last - first, from.channel, run.length());
-        adding<Number>(last - first, run.length())(
-            {kernel + first, 1, width, 0}, {from.begin + run.first, from.channel, 0},
-            {1, deep, run.length(), begins}, to + first * from.channel + run.first, from.channel);
       }
     }
   }

@@ -17,7 +17,7 @@ constexpr int VECTORS = BYTES == 64 ? 4 : 2, SUMS = 6, MORE_SUMS = 8;
 
 struct Sizes {  // in the order in which Python gives them
   int64_t samples, kernels, in_channels, height, width, out_channels, rows, columns, kernel_rows, kernel_columns, down,
-      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts, threads, intel;
+      right, above, left, dilation_rows, dilation_columns, planes, in_block, out_block, parts, threads;
 };
 
 struct Range {
@@ -25,12 +25,21 @@ struct Range {
   int64_t length() const { return last - first; }
 };
 
-// Parts of at most so many, as equal as can be in units; the last, which may end within a unit, has the most units.
-std::vector<Range> parts_of(int64_t length, int64_t most, int64_t unit = 1) {
-  const int64_t units = (length + unit - 1) / unit, count = (units * unit + most - 1) / most;
+// How many parts of at most so many there are, in units.
+inline int64_t count_of(int64_t length, int64_t most, int64_t unit = 1) {
+  return ((length + unit - 1) / unit * unit + most - 1) / most;
+}
+
+// One of so many parts, as equal as can be in units; the last, which may end within a unit, has the most units.
+inline Range part_of(int64_t length, int64_t count, int64_t part, int64_t unit = 1) {
+  const int64_t units = (length + unit - 1) / unit;
+  return {units * part / count * unit, std::min(units * (part + 1) / count * unit, length)};
+}
+
+inline std::vector<Range> parts_of(int64_t length, int64_t most, int64_t unit = 1) {
+  const int64_t count = count_of(length, most, unit);
   std::vector<Range> parts;
-  for (int64_t p = 0; p < count; p++)
-    parts.push_back({units * p / count * unit, std::min(units * (p + 1) / count * unit, length)});
+  for (int64_t p = 0; p < count; p++) parts.push_back(part_of(length, count, p, unit));
   return parts;
 }
 
@@ -41,14 +50,14 @@ struct Tap {
 };
 
 // The outputs o in [0, outputs) for which o * step + shift is in [0, inputs).
-Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
+inline Range meeting(int64_t outputs, int64_t inputs, int64_t step, int64_t shift) {
   const int64_t first = shift < 0 ? (-shift + step - 1) / step : 0;
   const int64_t last = shift < inputs ? (inputs - 1 - shift) / step + 1 : 0;
   return {first, std::max(first, std::min(last, outputs))};
 }
 
 // Of all places, row by row.
-std::vector<Tap> taps_of(const Sizes &z) {
+inline std::vector<Tap> taps_of(const Sizes &z) {
   std::vector<Tap> taps;
   for (int64_t i = 0; i < z.kernel_rows; i++)
     for (int64_t j = 0; j < z.kernel_columns; j++) {
@@ -150,6 +159,28 @@ template <typename Number> Add<Number> adding(int64_t sums, int64_t width) {
 
 template <typename Number> int64_t sums_of(int64_t width) {
   return width > (VECTORS - 1) * LANES<Number> ? SUMS : MORE_SUMS;
+}
+
+// Mix weights that lie side by side, of kernels that lie `step` apart.
+template <typename Number>
+ALWAYS_INLINE Vector<Number> mix_vector(const Number *routing, const Number *weight, int64_t kernels, int64_t step) {
+  Vector<Number> mixed = {};
+  for (int64_t k = 0; k < kernels; k++) mixed += routing[k] * load(weight + k * step);
+  return mixed;
+}
+template <typename Number>
+Number mix_one(const Number *routing, const Number *weight, int64_t kernels, int64_t step) {
+  Number mixed = 0;
+  for (int64_t k = 0; k < kernels; k++) mixed += routing[k] * weight[k * step];
+  return mixed;
+}
+template <typename Number>
+void mix_row(const Number *routing, const Number *weight, int64_t kernels, int64_t step, int64_t width,
+             Number *mixed) {
+  constexpr int64_t lanes = LANES<Number>;
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) store(mix_vector(routing, weight + i, kernels, step), mixed + i);
+  for (; i < width; i++) mixed[i] = mix_one(routing, weight + i, kernels, step);
 }
 
 // Columns that are summed at once, and in how many sums.

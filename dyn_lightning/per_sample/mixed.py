@@ -18,26 +18,36 @@ from dyn_lightning.per_sample.geometry import Geometry, positions
 from dyn_lightning.per_sample.layout import empty_map, format_of
 from dyn_lightning.per_sample.methods import mixing_operation, multiplies
 from dyn_lightning.per_sample.native import call, is_compiled
-from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.per_sample.tracing import is_watched, remembered
 
 LEAST_CHANNELS = {torch.float32: 16, torch.float64: 8}  # of the widest vector
 BLOCK, VECTOR = 64, 16  # channels of a block of the kernels, in both directions, and of the widest vector
 MOST_POSITIONS = 64  # of one sample, that one_sample.cpp computes: four of the widest vectors
+LEAST_PIXELS = 64  # of maps whose pixels products.cpp multiplies as they lie: four of the widest vectors
+# Of maps whose products it sums up for each weight: where pixels are fewer or weights more, it takes longer than to
+# turn the maps.
+LEAST_SUMMED, MOST_SUMMED = 256, 4096
 # Numbers of gradients of the K kernels, each of a part of the samples, that threads may sum up beside each other.
 MOST_IN_PARTS = 1 << 22
 
 
 def cpp(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix blocks of the kernels where they are used, in C++."""
-    if why := why_not(weight.shape, geometry, input.dtype, input.device.type):
+    if why := why_not(input.shape, weight.shape, geometry, input.dtype, input.device.type, not _is_planes(input)):
         raise ValueError(f"method='cpp' {why}: take 'auto'")
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, routing, weight))
     through_torch = trained or torch.compiler.is_compiling() or is_watched(input, routing, weight)
     return (_convolve if through_torch else _forward)(input, routing, weight, geometry)
 
 
-def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, device: str) -> str:
+def why_not(
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: str,
+    channels_last: bool,
+) -> str:
     """Say why our C++ does not compute a convolution, or nothing if it does."""
     if device != "cpu":
         return f"computes on CPUs, not on {device}"
@@ -45,8 +55,11 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, dev
         return f"computes torch.float32 and torch.float64, not {dtype}"
     if geometry.groups != 1:
         return f"computes convolutions of one group, not of {geometry.groups}"
-    if min(weight[1:3]) < LEAST_CHANNELS[dtype]:
-        return f"computes {LEAST_CHANNELS[dtype]} or more channels, not {weight[2]} to {weight[1]}"
+    if min(weight[1:3]) < LEAST_CHANNELS[dtype] and not _sums_up_planes(input, weight, geometry, not channels_last):
+        return (
+            f"computes {LEAST_CHANNELS[dtype]} or more channels, fewer in contiguous maps of {LEAST_SUMMED} or more "
+            f"pixels alone, with 1x1 kernels of up to {MOST_SUMMED} weights, not {weight[2]} to {weight[1]}"
+        )
     return "" if is_compiled() else "needs Linux and a C++ compiler"
 
 
@@ -78,6 +91,8 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
     sizes = _sizes_of(input, weight, geometry)
     if seen:
         call("one_sample", sizes, input, routing, weight, input.new_empty(seen), output)
+    elif _multiplies_planes(input.shape, weight.shape, geometry, _is_planes(input)):
+        call("products_forward", sizes, input, routing, weight, output)
     else:
         call("mixed_forward", sizes, input, routing, weight, torch.empty_like(weight), output)
     return output
@@ -96,22 +111,40 @@ def _backward(
     format = format_of(input)
     grad, input = grad.contiguous(memory_format=format), input.contiguous(memory_format=format)
     routing, weight = routing.contiguous(), weight.contiguous()
-    ordered, gradients = torch.empty_like(weight), list[Tensor]()
+    shapes, gradients = (input.shape, weight.shape, geometry), list[Tensor]()
     if needed[0]:
         input_grad = torch.empty_like(input, memory_format=format)
-        call("mixed_backward", _sizes_of(input, weight, geometry), grad, routing, weight, ordered, input_grad)
+        multiplied = _multiplies_planes(*shapes, _is_planes(input))
+        kernels = [weight] if multiplied else [weight, torch.empty_like(weight)]
+        name = "products_backward" if multiplied else "mixed_backward"
+        call(name, _sizes_of(input, weight, geometry), grad, routing, *kernels, input_grad)
         gradients.append(input_grad)
     if needed[1] or needed[2]:
-        block = _block(input.shape, weight.shape, geometry, _is_planes(input), torch.get_num_threads())
+        block = _block(*shapes, _is_planes(input), torch.get_num_threads())
         blocks = math.prod(-(-channels // most) for channels, most in zip(weight.shape[1:3], block, strict=True))
         parts = _parts(blocks, weight.numel(), len(input), torch.get_num_threads())
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
-        sizes = _sizes_of(input, weight, geometry, parts)
-        call("mixed_differentiate", sizes, grad, input, routing, weight, ordered, shares, sums)
+        summed = _sums_up_planes(*shapes, _is_planes(input))
+        kernels = [weight] if summed else [weight, torch.empty_like(weight)]
+        name = "products_differentiate" if summed else "mixed_differentiate"
+        call(name, _sizes_of(input, weight, geometry, parts), grad, input, routing, *kernels, shares, sums)
         gradients += [shares.sum(0)] if needed[1] else []
         gradients += [] if sums is None else [sums.sum(0) if parts > 1 else sums[0]]
     return gradients
+
+
+def _multiplies_planes(
+    input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, planes: bool, least: int = LEAST_PIXELS
+) -> bool:
+    """Tell whether products.cpp convolves: pixels as they lie, with kernels of one weight."""
+    return planes and multiplies(weight, geometry) and math.prod(input[2:]) >= least
+
+
+def _sums_up_planes(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, planes: bool) -> bool:
+    """Tell whether it also gives the gradients of routing weights and kernels."""
+    few = math.prod(weight[1:]) <= MOST_SUMMED
+    return few and _multiplies_planes(input, weight, geometry, planes, LEAST_SUMMED)
 
 
 def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
@@ -123,8 +156,11 @@ def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:
 @remembered
 def _block(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, threads: int) -> tuple[int, int]:
     """Give the most output and input channels of a block: where one side has few, products of pixels have more of the
-    other, so that they read and write whole pixels, if there are samples enough for all threads.
+    other, so that they read and write whole pixels, if there are samples enough for all threads. Where planes are
+    summed up, as few output channels as give all threads a part.
     """
+    if _sums_up_planes(input, weight, geometry, planes):
+        return -(-weight[1] // -(-threads // max(1, input[0]))), weight[2]
     if planes or not multiplies(weight, geometry) or input[0] < threads:
         return BLOCK, BLOCK
     # In whole vectors, and no more weights than BLOCK squared.
@@ -133,7 +169,7 @@ def _block(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bo
 
 
 def _sizes_of(input: Tensor, weight: Tensor, geometry: Geometry, parts: int = 1) -> Any:
-    return _sizes(input.shape, weight.shape, geometry, _is_planes(input), parts, torch.get_num_threads(), is_intel())
+    return _sizes(input.shape, weight.shape, geometry, _is_planes(input), parts, torch.get_num_threads())
 
 
 def _is_planes(input: Tensor) -> bool:
@@ -141,9 +177,7 @@ def _is_planes(input: Tensor) -> bool:
 
 
 @remembered
-def _sizes(
-    input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int, intel: bool
-) -> Any:
+def _sizes(input: torch.Size, weight: torch.Size, geometry: Geometry, planes: bool, parts: int, threads: int) -> Any:
     """Give the ``Sizes`` of the library."""
     out_block, in_block = _block(input, weight, geometry, planes, threads)
     samples, in_channels, *pixels = input
@@ -153,7 +187,7 @@ def _sizes(
     if multiplies(weight, geometry):
         outputs = pixels = [1, math.prod(pixels)]  # a long row is divided better than several short ones
     sizes = [samples, kernels, in_channels, *pixels, out_channels, *outputs, *kernel]
-    sizes += [*stride, *padding, *dilation, planes, in_block, out_block, parts, threads, intel]
+    sizes += [*stride, *padding, *dilation, planes, in_block, out_block, parts, threads]
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dyn_lightning.per_sample.tracing import remembered
 
-SOURCES = [Path(__file__).with_name(name) for name in ("depthwise.cpp", "mixed.cpp", "one_sample.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("depthwise.cpp", "mixed.cpp", "one_sample.cpp", "products.cpp")]
 HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "pixels.h", "mixed.h")]
 # By what torch says of the processor, so that machines of several kinds can share a folder.
 FLAGS = {

@@ -17,18 +17,6 @@ constexpr int64_t BLOCK = 24, DEPTH = 768;
 constexpr int VECTOR = 16;  // positions that fill the widest vector, as in Python, which allocates the patches
 constexpr int64_t LEAST_SHARED = 1 << 14;  // weights of all kernels: fewer take less time than to wait for threads
 
-// The sum of a vector's lanes, half with half.
-template <int bytes, typename Number> Number total(const Number *lanes) {
-  if constexpr (bytes == sizeof(Number)) {
-    return *lanes;
-  } else {
-    constexpr int half = bytes / sizeof(Number) / 2;
-    Number sums[half];
-    for (int i = 0; i < half; i++) sums[i] = lanes[i] + lanes[i + half];
-    return total<bytes / 2>(sums);
-  }
-}
-
 template <typename Number> class OneSample {
   static constexpr int LANES = ::LANES<Number>;
 
@@ -91,19 +79,6 @@ template <typename Number> class OneSample {
     }
   }
 
-  // Mix weights that lie side by side.
-  ALWAYS_INLINE Vector<Number> mix_vector(const Number *routing, const Number *weight) const {
-    Vector<Number> mixed = {};
-    for (int64_t k = 0; k < z.kernels; k++) mixed += routing[k] * load(weight + k * weights);
-    return mixed;
-  }
-
-  Number mix_one(const Number *routing, const Number *weight) const {
-    Number mixed = 0;
-    for (int64_t k = 0; k < z.kernels; k++) mixed += routing[k] * weight[k * weights];
-    return mixed;
-  }
-
   // Give an output channel at all P positions.
   template <int P>
   void multiply(const Number *patches, const Number *routing, const Number *weight, int64_t channel,
@@ -112,19 +87,17 @@ template <typename Number> class OneSample {
     Vector<Number> sum[P] = {};
     int64_t i = 0;
     for (; i + LANES <= length; i += LANES) {
-      const Vector<Number> mixed = mix_vector(routing, weight + i);
+      const Vector<Number> mixed = mix_vector(routing, weight + i, z.kernels, weights);
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) sum[p] += mixed * load(patches + p * length + i);
     }
     Number rest[P] = {};
     for (; i < length; i++) {
-      const Number mixed = mix_one(routing, weight + i);
+      const Number mixed = mix_one(routing, weight + i, z.kernels, weights);
       for (int p = 0; p < P; p++) rest[p] += mixed * patches[p * length + i];
     }
     for (int p = 0; p < P; p++) {
-      Number lanes[LANES];
-      store(sum[p], lanes);
-      output[z.planes ? channel * P + p : p * z.out_channels + channel] = total<BYTES>(lanes) + rest[p];
+      output[z.planes ? channel * P + p : p * z.out_channels + channel] = total<Number>(sum[p]) + rest[p];
     }
   }
 
@@ -135,7 +108,8 @@ template <typename Number> class OneSample {
     const auto columns = columns_of<Number>(pitch);
     for (const Range &depth : parts_of(length, DEPTH)) {
       for (int64_t o = 0; o < block.length(); o++)
-        mix_row(routing, weight + (block.first + o) * length + depth.first, depth.length(), mixed + o * deep);
+        mix_row(routing, weight + (block.first + o) * length + depth.first, z.kernels, weights, depth.length(),
+                mixed + o * deep);
       for (const auto &[some, most] : columns)
         for (int64_t tiles = (block.length() + most - 1) / most, tile = 0, first = 0, last; tile < tiles;
              tile++, first = last) {
@@ -150,12 +124,6 @@ template <typename Number> class OneSample {
       return transpose(sums, pitch, block.length(), positions, output + block.first, z.out_channels);
     for (int64_t o = 0; o < block.length(); o++)
       std::copy_n(sums + o * pitch, positions, output + (block.first + o) * positions);
-  }
-
-  void mix_row(const Number *routing, const Number *weight, int64_t width, Number *mixed) const {
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) store(mix_vector(routing, weight + i), mixed + i);
-    for (; i < width; i++) mixed[i] = mix_one(routing, weight + i);
   }
 };
 

@@ -39,6 +39,18 @@ inline void store(Vector<Number, bytes> vector, Number *to) {
   *(typename Vectors<Number, bytes>::Unaligned *)to = vector;
 }
 
+// The sum of a vector's lanes, half with half: lane by lane it would take longer than all products of a small map.
+template <typename Number> inline Number total(Vector<Number> vector) {
+  typedef Number Part __attribute__((vector_size(16)));
+  Part parts[BYTES / 16];
+  std::memcpy(parts, &vector, BYTES);
+  for (int half = BYTES / 32; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  Number sum = 0;
+  for (size_t lane = 0; lane < 16 / sizeof(Number); lane++) sum += parts[0][lane];
+  return sum;
+}
+
 template <typename Number> inline void assign(Number from, Number &to) { to = from; }
 
 struct BFloat16 {

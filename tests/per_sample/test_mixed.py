@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
-from dyn_lightning.per_sample import mixed, native, processor
+from dyn_lightning.per_sample import mixed, native
 from dyn_lightning.per_sample.geometry import Geometry, Pair
 from dyn_lightning.per_sample.mixed import cpp, numbers_held
 from tests.per_sample.loop import loop
@@ -150,19 +150,30 @@ def test_blocks_of_whole_pixels(channels: Pair, stride: int, padding: int, dtype
             assert_equals_the_loop(tensors, stride=stride, padding=padding)
 
 
+# Of as many pixels as are multiplied as they lie, and as are summed up; with fewer and more channels than are
+# multiplied at once; and with more weights than are summed up.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("threads", [1, 2, 3, 16])  # with more than samples and blocks, planes are divided
-@pytest.mark.parametrize("size", [(8, 8), (4, 36), (28, 28)])
-@pytest.mark.parametrize("channels", [(240, 40), (40, 240), (21, 37), (16, 300)])
-def test_planes_of_whole_vectors(
-    channels: Pair, size: Pair, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("size", [(8, 8), (5, 13), (16, 16), (15, 19), (28, 28)])
+@pytest.mark.parametrize("channels", [(24, 40), (40, 24), (21, 37), (16, 300), (300, 16)])
+def test_products_of_planes(channels: Pair, size: Pair, threads: int, dtype: torch.dtype) -> None:
     with threads_of(threads):
-        for batch, intel in ((1, True), (5, True), (5, False)):  # of four vectors, or of fewer if they are deep
-            monkeypatch.setattr(processor, "_vendor", lambda intel=intel: "GenuineIntel" if intel else "")
+        for batch in (1, 5):
             tensors = draw(batch, channels, size, (1, 1), dtype=dtype, layout=torch.contiguous_format)
             assert_equals_the_loop(tensors)
-            assert_equals_the_loop(tensors, padding=(1, 0))  # the input's gradient is a whole plane, the output not
+    assert_equals_the_loop(tensors, padding=(1, 0))  # the input's gradient is a whole plane, the output not
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [(1, 1), (1, 70), (3, 5), (7, 2), (15, 33), (70, 1)])
+def test_few_channels_of_large_planes(channels: Pair, dtype: torch.dtype) -> None:
+    for batch, size in ((2, (16, 16)), (3, (17, 31)), (1, (40, 30))):
+        with threads_of(2):
+            assert_equals_the_loop(draw(batch, channels, size, (1, 1), 2, dtype, torch.contiguous_format))
+
+
+def test_more_weights_than_are_mixed_at_once() -> None:
+    assert_equals_the_loop(draw(3, (300, 500), (8, 8), (1, 1), 2, layout=torch.contiguous_format))
 
 
 @pytest.mark.parametrize("stride", [(1, 2), (2, 1)])
@@ -353,8 +364,13 @@ def test_checkpoints_and_many_threads() -> None:
     ("change", "message"),
     [
         ({"dtype": torch.float16}, r"computes torch.float32 and torch.float64, not torch.float16: take 'auto'"),
-        ({"channels": (3, 37), "dtype": torch.float32}, r"computes 16 or more channels, not 3 to 37"),
-        ({"channels": (7, 8)}, r"computes 8 or more channels, not 7 to 8"),
+        (
+            {"channels": (3, 37), "dtype": torch.float32},
+            "computes 16 or more channels, fewer in contiguous maps of 256 or more pixels alone, with 1x1 kernels of "
+            "up to 4096 weights, not 3 to 37",
+        ),
+        ({"channels": (7, 8)}, "computes 8 or more channels, fewer .* not 7 to 8"),
+        ({"channels": (3, 37), "size": (16, 16), "kernel": (1, 1)}, "computes 8 or more channels, fewer .* 3 to 37"),
     ],
 )
 def test_what_it_does_not_serve(change: dict[str, Any], message: str) -> None:

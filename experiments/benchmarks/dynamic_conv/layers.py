@@ -95,8 +95,8 @@ def measure_layer(
             torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     with torch.set_grad_enabled(training):
-        case = (stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
-        serves = not why_not(*case, options.device.type)
+        case = (x.shape, stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
+        serves = not why_not(*case, options.device.type, options.channels_last)
         functions = {name: partial(compute, name) for name in names(options) if name != "cpp" or serves}
         times = interleaved(functions, _rounds(batch, options), options.device, patience=4, least_ms=5)
         peaks = {name: round(peak_bytes(function, options.device) / 2**20, 3) for name, function in functions.items()}

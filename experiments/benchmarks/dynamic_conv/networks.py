@@ -27,6 +27,7 @@ from dyn_lightning.cost import peak_bytes
 from dyn_lightning.layers import DynamicConv2d
 from dyn_lightning.per_sample.by_name import has_triton
 from dyn_lightning.per_sample.geometry import Geometry
+from dyn_lightning.per_sample.layout import is_channels_last
 from dyn_lightning.per_sample.mixed import why_not
 from dyn_lightning.per_sample.native import is_compiled
 from dyn_lightning.routing import SoftmaxAttention
@@ -155,13 +156,28 @@ def _begin(network: str, name: str, kernels: int, size: int, batch: int, trainin
 
 def _use(name: str) -> None:
     """Have our layers compute by a method, or as groups where ``cpp`` does not compute them."""
-    for layer in _here["model"].modules():
-        if isinstance(layer, DynamicConv2d):
-            geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-            unable = name == "cpp" and why_not(
-                layer.weight.shape, geometry, layer.weight.dtype, layer.weight.device.type
-            )
-            layer.method = "grouped" if unable else name
+    layers = [layer for layer in _here["model"].modules() if isinstance(layer, DynamicConv2d)]
+    if name == "cpp" and "unable" not in _here:
+        _here["unable"] = _unable(layers)
+    for layer in layers:
+        layer.method = "grouped" if name == "cpp" and layer in _here["unable"] else name
+
+
+def _unable(layers: list[DynamicConv2d]) -> set[DynamicConv2d]:
+    """Find the layers that ``cpp`` does not compute, with a step, in which they see their inputs."""
+    found = set()
+
+    def look(layer: DynamicConv2d, inputs: tuple[Tensor]) -> None:
+        (x,), weight = inputs, layer.weight
+        geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+        if why_not(x.shape, weight.shape, geometry, weight.dtype, weight.device.type, is_channels_last(x)):
+            found.add(layer)
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    _here["step"]()
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _times(name: str) -> list[float]:
