@@ -57,18 +57,20 @@ def dynamic_conv2d(
             mixes the kernels and multiplies them with the (unfolded) input, ``"mixture"`` convolves with all K kernels
             and mixes the outputs, ``"chunked"`` mixes and uses the kernels of a few samples at a time, in the backward
             pass again, ``"cpp"`` and ``"triton"`` mix blocks of the kernels where they are used, in C++ (on a CPU, of
-            one group, in float32 from 16 channels on, in float64 from 8) and in Triton (CUDA). ``"auto"`` chooses one
-            by a model of their costs (``choose_method``), ``"benchmark"`` times them once a shape (``"auto"`` while
-            compiling), so a DDP rank, or a run that goes on, may take another than the others or the first did. All
-            give the same value and the same gradients, up to rounding.
+            one group, in float32 from 16 channels on, in float64 from 8, 1x1 kernels on large contiguous maps from one
+            on) and in Triton (CUDA). ``"auto"`` chooses one by a model of their costs (``choose_method``),
+            ``"benchmark"`` times them once a shape (``"auto"`` while compiling), so a DDP rank, or a run that goes on,
+            may take another than the others or the first did. All give the same value and the same gradients, up to
+            rounding.
         max_mixed_bytes: bytes that ``"auto"`` and ``"benchmark"`` may take, in this call, for mixed kernels, for
             unfolded input, for maps or the K kernels in another layout or for the outputs of K kernels, with their
             gradients. Where a method would need more, they take another, at last ``"chunked"``, whose chunks keep to it
             down to one sample and 64 output channels (32 in products; or all, with groups). An exported network, which
             others run without us, has no chunks: there nothing may be small enough. Not counted: what a
             convolution takes for a layout of its own (a library of all maps; ours, in each thread, by ``"cpp"`` of 64
-            channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, for one
-            image with few positions of 24 output channels with 768 weights each, depthwise of three padded maps of as
+            channels of a map, or of several that come to 4 MB, and of 64 times 64 channels of the K kernels, in
+            products of 65,536 mixed weights, and of a vector for each of up to 4,096 weights, for one image with few
+            positions of 24 output channels with 768 weights each, depthwise of three padded maps of as
             many channels as fit into a vector, 16 in float32), what is copied whatever the method is (the input to be
             padded by ``"same"`` on one side more, or for the pixels that 1x1 kernels with a stride see, in
             channels_last; in training the output to add a bias; a gradient that does not lie as the output does), and

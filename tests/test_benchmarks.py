@@ -135,7 +135,6 @@ def lost(costs: Costs, results: list[fit_costs.Result]) -> float:
 FITTED_TO = {
     "K = 4": ("layers", "one"),
     "K = 4, another run": ("layers_again", "one_again"),
-    "K = 4, a third run": ("layers_third", "one_third"),
     "K = 16": ("layers_k16", "one_k16"),
 }
 

@@ -48,17 +48,17 @@ class Costs(NamedTuple):
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
     """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what goes
-    into one in training, what comes out, the first again where a product has few columns, which it is slow with (but
+    into one, what comes out, the first again where a product has few columns, which it is slow with (but
     not with a vector), and what of kernels and outputs does not stay in caches.
 
     The call of a convolution is not counted: those that were measured take so long that it cannot be told. Nor is what
-    goes in elsewhere: choices do not become better by it.
+    goes in elsewhere, or forward of one image: choices do not become better by it.
     """
     mixed, outputs, call = case.mixed_weights(), case.outputs(), int(case.is_product())
     few = mixed if case.positions() <= FEW_POSITIONS and not case.is_single() else 0
     large = outputs if case.weight[1] * case.positions() >= LARGE_MAP else 0
     large += mixed if mixed >= LARGE_KERNELS else 0
-    inputs = math.prod(case.input) if call and case.training else 0
+    inputs = math.prod(case.input) if call and (case.training or case.input[0] > 1) else 0
     return mixed, case.weight[0] * mixed, case.multiply_adds(), call, inputs, outputs, few, large
 
 
@@ -69,12 +69,12 @@ def mixture_work(case: Case) -> tuple[int, ...]:
 
 
 def cpp_work(case: Case) -> tuple[int, ...]:
-    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call, and the numbers of maps
-    that are turned.
+    """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call, and numbers of contiguous
+    maps: they are turned, or, of a product, waited for.
     """
     mixed, outputs = case.mixed_weights(), case.outputs()
-    turned = 2 * outputs + math.prod(case.input) if case.training else outputs
-    return mixed, case.weight[0] * mixed, case.multiply_adds(), 1, 0 if case.channels_last else turned
+    numbers = 2 * outputs + math.prod(case.input) if case.training else outputs
+    return mixed, case.weight[0] * mixed, case.multiply_adds(), 1, 0 if case.channels_last else numbers
 
 
 Kind = tuple[bool, bool, str]
@@ -96,9 +96,9 @@ OTHER_COSTS = {
         (286, 228, 26.1, 292e6, 188),
     ),
     (True, False, "several"): Costs(
-        (345, 8.38, 8.75, 32.9e6, 0, 77, 686, 55.3),
-        (19.1, 249, 642, 101e6),
-        (48.8, 60.1, 7.07, 26.1e6, 98.6),
+        (519, 8.27, 8.15, 17.8e6, 86.7, 85.8, 570, 73.6),
+        (19.8, 250, 643, 101e6),
+        (47.9, 62.1, 8.12, 23.8e6, 91),
     ),
     (True, False, "one"): Costs(
         (32.3, 112, 10.4, 25.2e6, 0, 351, 0, 0),
@@ -129,48 +129,48 @@ OTHER_COSTS = {
         (16.9, 154, 275, 4.91e6),
     ),
 }
-# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names and `layers_third.json` in
-# `results/intel`, and from `one.json`, `one_again.json`, `one_third.json` and `one_k16.json` for one image.
+# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names in `results/intel`, and from
+# `one.json`, `one_again.json` and `one_k16.json` for one image.
 INTEL_COSTS = {
     (True, True, "several"): Costs(
-        (1270, 0, 13.6, 154e6, 510, 555, 14.1, 696),
-        (21, 408, 1770, 479e6),
-        (346, 199, 23.4, 712e6, 217),
+        (1290, 0, 16.7, 189e6, 700, 732, 172, 730),
+        (22.3, 310, 2120, 583e6),
+        (502, 160, 27.9, 890e6, 316),
     ),
     (True, False, "several"): Costs(
-        (209, 5.84, 6.15, 22.3e6, 0, 73.8, 134, 134),
-        (6.38, 158, 533, 135e6),
-        (23, 50.4, 8.13, 32.8e6, 84),
+        (310, 1.21, 4.68, 26.9e6, 112, 145, 168, 152),
+        (7.24, 140, 544, 163e6),
+        (44.9, 44.3, 8.61, 63.1e6, 120),
     ),
     (True, False, "one"): Costs(
-        (231, 143, 7.75, 31e6, 0, 92.5, 0, 37.3),
-        (6.77, 147, 278, 46.4e6),
-        (0, 886, 9.9, 43.2e6, 148),
+        (57.4, 129, 8.32, 43.3e6, 0, 116, 0, 42.1),
+        (7.62, 98.2, 318, 65.4e6),
+        (0, 105, 13.1, 57.9e6, 178),
     ),
     (True, False, "one, few positions"): Costs(
-        (151, 77.6, 8.76, 17.7e6, 0, 0, 469, 0),
-        (8.76, 110, 211, 42.4e6),
-        (0, 71.5, 10, 28.6e6, 0),
+        (11.6, 101, 8.64, 17.8e6, 0, 360, 378, 0),
+        (8.32, 104, 414, 40.8e6),
+        (0, 63.5, 9.91, 27.4e6, 376),
     ),
     (False, True, "several"): Costs(
-        (1730, 21.5, 26, 0, 0, 1130, 0, 106),
-        (22.9, 578, 0, 2020e6),
-        (74.6, 272, 19.2, 446e6, 569),
+        (1980, 6.93, 26.4, 0, 0, 1870, 0, 187),
+        (24.2, 546, 0, 2340e6),
+        (189, 276, 19.6, 436e6, 716),
     ),
     (False, False, "several"): Costs(
-        (691, 7.34, 5.55, 0, 0, 0, 0, 47.1),
-        (6.01, 284, 166, 585e6),
-        (33.8, 60.3, 6.86, 42.5e6, 0),
+        (728, 4.25, 5.9, 0, 0, 124, 0, 38.4),
+        (6.04, 296, 187, 738e6),
+        (43.3, 59.9, 7.13, 62e6, 162),
     ),
     (False, False, "one"): Costs(
-        (893, 110, 5.88, 0, 0, 2070, 0, 0),
-        (5.93, 410, 408, 355e6),
-        (0, 915, 4.47, 0, 4360),
+        (820, 117, 5.77, 0, 0, 1990, 0, 0),
+        (5.7, 441, 579, 251e6),
+        (0, 974, 2.78, 0, 5160),
     ),
     (False, False, "one, few positions"): Costs(
-        (246, 126, 9.97, 0, 0, 17800, 450, 0),
-        (15.2, 101, 0, 87e6),
-        (0, 92.8, 11.6, 42.8e6, 0),
+        (221, 128, 9.93, 0, 0, 16000, 430, 0),
+        (15, 101, 0, 77e6),
+        (0, 93.2, 10.5, 36.9e6, 1710),
     ),
 }
 # No GPU has been measured. From an H100's data sheet: 3.35 TB/s for each pass over 4-byte numbers, and a tensor core's
@@ -196,6 +196,8 @@ def choose(case: Case) -> str:
     kind, costs = kind_of(case), costs_of(case)
     if not is_open(case) or kind not in costs:
         return first
+    if case.has_few_channels() and not case.intel and "cpp" in within:
+        within.remove("cpp")  # not measured there
     if case.channels_last and case.input[0] > 1 and not case.is_product() and "cpp" in within:
         first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
     return costs[kind].best(case, first, within)

@@ -3,8 +3,10 @@
 The usual form writes the B mixed kernels to memory and reads them again, in training three times. Here a block of some
 64 input and 64 output channels at one place of the kernel is mixed for four samples, multiplied with their whole maps
 from a near cache, and forgotten. The backward pass mixes it again; a block of the mixed kernels' gradient is given to
-the K kernels and to the routing at once. The kernels are brought into another order first, but for the output of one
-sample with few positions (one_sample.cpp).
+the K kernels and to the routing at once. The kernels are brought into another order first.
+
+Two kinds have ways of their own, which take the kernels as they lie: contiguous maps of 64 pixels or more with 1x1
+kernels (products.cpp), and the output of one sample with few positions (one_sample.cpp).
 """
 
 import ctypes
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dyn_lightning.per_sample.geometry import Geometry, positions
-from dyn_lightning.per_sample.layout import empty_map, format_of
+from dyn_lightning.per_sample.layout import empty_map, format_of, is_channels_last
 from dyn_lightning.per_sample.methods import mixing_operation, multiplies
 from dyn_lightning.per_sample.native import call, is_compiled
 from dyn_lightning.per_sample.tracing import is_watched, remembered
@@ -33,7 +35,7 @@ MOST_IN_PARTS = 1 << 22
 
 def cpp(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Mix blocks of the kernels where they are used, in C++."""
-    if why := why_not(input.shape, weight.shape, geometry, input.dtype, input.device.type, not _is_planes(input)):
+    if why := why_not(input.shape, weight.shape, geometry, input.dtype, input.device.type, is_channels_last(input)):
         raise ValueError(f"method='cpp' {why}: take 'auto'")
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, routing, weight))
     through_torch = trained or torch.compiler.is_compiling() or is_watched(input, routing, weight)
@@ -57,8 +59,9 @@ def why_not(
         return f"computes convolutions of one group, not of {geometry.groups}"
     if min(weight[1:3]) < LEAST_CHANNELS[dtype] and not _sums_up_planes(input, weight, geometry, not channels_last):
         return (
-            f"computes {LEAST_CHANNELS[dtype]} or more channels, fewer in contiguous maps of {LEAST_SUMMED} or more "
-            f"pixels alone, with 1x1 kernels of up to {MOST_SUMMED} weights, not {weight[2]} to {weight[1]}"
+            f"computes {LEAST_CHANNELS[dtype]} or more channels, fewer with 1x1 kernels alone, without padding, of up "
+            f"to {MOST_SUMMED} weights, in contiguous maps of {LEAST_SUMMED} or more pixels, not {weight[2]} to "
+            f"{weight[1]}"
         )
     return "" if is_compiled() else "needs Linux and a C++ compiler"
 
@@ -94,7 +97,7 @@ def _forward(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry)
     elif _multiplies_planes(input.shape, weight.shape, geometry, _is_planes(input)):
         call("products_forward", sizes, input, routing, weight, output)
     else:
-        call("mixed_forward", sizes, input, routing, weight, torch.empty_like(weight), output)
+        call("mixed_forward", sizes, input, routing, weight, _ordered(weight), output)
     return output
 
 
@@ -111,40 +114,47 @@ def _backward(
     format = format_of(input)
     grad, input = grad.contiguous(memory_format=format), input.contiguous(memory_format=format)
     routing, weight = routing.contiguous(), weight.contiguous()
-    shapes, gradients = (input.shape, weight.shape, geometry), list[Tensor]()
+    shapes, planes, threads = (input.shape, weight.shape, geometry), _is_planes(input), torch.get_num_threads()
+    multiplied, summed = _multiplies_planes(*shapes, planes), _sums_up_planes(*shapes, planes)
+    ordered = [] if summed else [_ordered(weight)]
+    gradients = list[Tensor]()
     if needed[0]:
         input_grad = torch.empty_like(input, memory_format=format)
-        multiplied = _multiplies_planes(*shapes, _is_planes(input))
-        kernels = [weight] if multiplied else [weight, torch.empty_like(weight)]
-        name = "products_backward" if multiplied else "mixed_backward"
-        call(name, _sizes_of(input, weight, geometry), grad, routing, *kernels, input_grad)
+        sizes = _sizes_of(input, weight, geometry)
+        if multiplied:
+            call("products_backward", sizes, grad, routing, weight, input_grad)
+        else:
+            call("mixed_backward", sizes, grad, routing, weight, *ordered, input_grad)
         gradients.append(input_grad)
     if needed[1] or needed[2]:
-        block = _block(*shapes, _is_planes(input), torch.get_num_threads())
+        block = _block(*shapes, planes, threads)
         blocks = math.prod(-(-channels // most) for channels, most in zip(weight.shape[1:3], block, strict=True))
-        parts = _parts(blocks, weight.numel(), len(input), torch.get_num_threads())
+        parts = _parts(blocks, weight.numel(), len(input), threads)
         shares = routing.new_zeros(blocks, *routing.shape)
         sums = weight.new_empty(parts, *weight.shape) if needed[2] else None
-        summed = _sums_up_planes(*shapes, _is_planes(input))
-        kernels = [weight] if summed else [weight, torch.empty_like(weight)]
         name = "products_differentiate" if summed else "mixed_differentiate"
-        call(name, _sizes_of(input, weight, geometry, parts), grad, input, routing, *kernels, shares, sums)
+        sizes = _sizes_of(input, weight, geometry, parts)
+        call(name, sizes, grad, input, routing, weight, *ordered, shares, sums)
         gradients += [shares.sum(0)] if needed[1] else []
         gradients += [] if sums is None else [sums.sum(0) if parts > 1 else sums[0]]
     return gradients
 
 
-def _multiplies_planes(
-    input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, planes: bool, least: int = LEAST_PIXELS
-) -> bool:
+def _ordered(weight: Tensor) -> Tensor:
+    """Give memory for the kernels in another order, which mixed.cpp brings them into, by whole vectors of channels."""
+    assert min(weight.shape[1:3]) >= LEAST_CHANNELS[weight.dtype], "it would write beyond its blocks"
+    return torch.empty_like(weight)
+
+
+def _multiplies_planes(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, planes: bool) -> bool:
     """Tell whether products.cpp convolves: pixels as they lie, with kernels of one weight."""
-    return planes and multiplies(weight, geometry) and math.prod(input[2:]) >= least
+    return planes and multiplies(weight, geometry) and math.prod(input[2:]) >= LEAST_PIXELS
 
 
 def _sums_up_planes(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, planes: bool) -> bool:
     """Tell whether it also gives the gradients of routing weights and kernels."""
-    few = math.prod(weight[1:]) <= MOST_SUMMED
-    return few and _multiplies_planes(input, weight, geometry, planes, LEAST_SUMMED)
+    fits = math.prod(input[2:]) >= LEAST_SUMMED and math.prod(weight[1:]) <= MOST_SUMMED
+    return fits and _multiplies_planes(input, weight, geometry, planes)
 
 
 def _parts(blocks: int, numbers: int, samples: int, threads: int) -> int:

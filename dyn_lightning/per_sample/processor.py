@@ -1,6 +1,4 @@
-"""What has to be known of the processor: oneMKL, which computes torch's products, is made for Intel's, the larger of
-which multiply two of the widest vectors at once.
-"""
+"""What has to be known of the processor: oneMKL, which computes torch's products, is made for Intel's."""
 
 import functools
 import platform

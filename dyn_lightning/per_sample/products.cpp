@@ -1,6 +1,7 @@
 // Products of the pixels of maps that lie channel by channel with kernels of one weight, mixed for each sample, and
-// their gradients. Where a pixel meets few weights, all depends on how maps come from memory and go there: the kernel is
-// mixed into a near cache, the pixels are multiplied as they lie, and the next ones are fetched meanwhile.
+// their gradients. Where a pixel meets few weights, all depends on how maps come from memory and go there: the kernel
+// is mixed into a near cache, the pixels are multiplied as they lie, and the next ones are fetched meanwhile. A channel
+// has at least four vectors of pixels.
 
 #include <algorithm>
 #include <cstdint>
@@ -11,8 +12,8 @@
 
 namespace {
 
-// Channels and pixels that are multiplied at once, which are to fit into near caches; and of planes that are larger than
-// a page fewer channels, so that the processor has their addresses at hand.
+// Channels and pixels that are multiplied at once, which are to fit into near caches; of planes that are larger than a
+// page fewer channels, so that the processor has their addresses at hand.
 constexpr int64_t CHANNELS = 64, FEWER_CHANNELS = 32, PAGE = 4096, PIXELS = 128;
 constexpr int64_t WEIGHTS = 1 << 16;  // that are mixed at once, to fit into the next cache
 
@@ -25,7 +26,8 @@ template <typename Number> class Products {
     Range deep, wide, pixels;
   };
 
-  // Lets the cache fetch some channels' pixels, a few lines with each of so many steps.
+  // Lets the cache fetch some channels' pixels, a few lines with each of so many steps; the channels may lie beyond the
+  // map's end.
   class Fetching {
     uintptr_t row;
     const int64_t bytes;
@@ -33,8 +35,8 @@ template <typename Number> class Products {
     const int64_t pitch, lines;  // with each step
 
    public:
-    Fetching(const Number *map, Range channels, Range some, int64_t pixels, int64_t steps)
-        : row(uintptr_t(map) + (channels.first * pixels + some.first) * sizeof(Number)),
+    Fetching(const Number *map, int64_t first, Range channels, Range some, int64_t pixels, int64_t steps)
+        : row(uintptr_t(map) + ((first + channels.first) * pixels + some.first) * sizeof(Number)),
           bytes(some.length() * sizeof(Number)), rows(channels.length()), pitch(pixels * sizeof(Number)),
           lines(rows * ((bytes + 63) / 64) / steps + 1) {}
 
@@ -67,46 +69,49 @@ template <typename Number> class Products {
         for (size_t p = 0; p < parts.size(); p++) {
           mix(routing + s * z.kernels, weight, parts[p], back, kernel.data());
           const Numbers<Number> numbers = {kernel.data(), back ? 1 : deep, back ? parts[p].length() : 1, 0};
-          const Number *const map = from + s * deep * pixels;
-          Number *const sums = to + (s * wide + parts[p].first) * pixels;
+          const bool ends = p + 1 == parts.size();
+          const int64_t channel = s * wide + parts[p].first;
+          const int64_t next_sample = s + ends, next_channel = next_sample * wide + parts[ends ? 0 : p + 1].first;
           for_blocks(parts[p].length(), deep, [&](const Block &block, const Block &next, bool last) {
             const int64_t steps = count_of(block.wide.length(), SUMS) * runs_of(block);
-            Fetching read(map + last * deep * pixels, next.deep, next.pixels, pixels, steps);
-            Fetching written(sums + last * wide * pixels, next.wide, next.pixels, pixels, steps);
-            add_up(map, numbers, block, sums, [&] { read.step(), written.step(); });
+            Fetching read(from, (last ? next_sample : s) * deep, next.deep, next.pixels, pixels, steps);
+            Fetching written(to, last ? next_channel : channel, next.wide, next.pixels, pixels, steps);
+            add_up(from + s * deep * pixels, numbers, block, to + channel * pixels,
+                   [&] { read.step(), written.step(); });
           });
         }
     }
   }
 
-  // Gives (parts of the output channels, samples, kernels), to be summed over the parts, and, unless that is null, (parts
-  // of the samples, kernels, out_channels, in_channels), to be summed over those.
+  // Gives (blocks of the output channels, samples, kernels), to be summed over the blocks, and, unless that is null,
+  // (parts, kernels, out_channels, in_channels), to be summed over the parts of the samples.
   void differentiate(const Number *grad, const Number *input, const Number *routing, const Number *weight,
                      Number *routing_grad, Number *weight_grad) const {
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
-    const auto parts = parts_of(z.out_channels, z.out_block);
+    const auto channels = parts_of(z.out_channels, z.out_block);
 #pragma omp parallel for collapse(2) num_threads(z.threads)
-    for (int64_t g = 0; g < z.parts; g++)
-      for (size_t p = 0; p < parts.size(); p++) {
-        const int64_t size = parts[p].length() * z.in_channels, first = parts[p].first * z.in_channels;
-        Number *const sums = weight_grad ? weight_grad + g * z.kernels * weights + first : nullptr;
+    for (int64_t part = 0; part < z.parts; part++)
+      for (size_t b = 0; b < channels.size(); b++) {
+        const Range these = channels[b];
+        const int64_t size = these.length() * z.in_channels, first = these.first * z.in_channels;
+        Number *const sums = weight_grad ? weight_grad + part * z.kernels * weights + first : nullptr;
         for (int64_t k = 0; sums && k < z.kernels; k++) std::fill_n(sums + k * weights, size, Number(0));
-        if (g >= int64_t(samples.size())) continue;
+        if (part >= int64_t(samples.size())) continue;
         std::vector<Vector> totals(size);
         std::vector<Number> kernel(size);
-        for (int64_t s = samples[g].first; s < samples[g].last; s++) {
-          const Number *const map = input + s * z.in_channels * pixels;
-          const Number *const grads = grad + (s * z.out_channels + parts[p].first) * pixels;
+        for (int64_t s = samples[part].first; s < samples[part].last; s++) {
           std::fill(totals.begin(), totals.end(), Vector{});
-          for_blocks(parts[p].length(), z.in_channels, [&](const Block &block, const Block &next, bool last) {
+          for_blocks(these.length(), z.in_channels, [&](const Block &block, const Block &next, bool last) {
             const int64_t steps = count_of(block.wide.length(), SUMS) * count_of(block.deep.length(), VECTORS);
-            Fetching read(map + last * z.in_channels * pixels, next.deep, next.pixels, pixels, steps);
-            Fetching read_too(grads + last * z.out_channels * pixels, next.wide, next.pixels, pixels, steps);
-            multiply(map, grads, block, totals.data(), [&] { read.step(), read_too.step(); });
+            const int64_t in = z.in_channels, out = z.out_channels;
+            Fetching read(input, (s + last) * in, next.deep, next.pixels, pixels, steps);
+            Fetching read_too(grad, (s + last) * out + these.first, next.wide, next.pixels, pixels, steps);
+            multiply(input + s * in * pixels, grad + (s * out + these.first) * pixels, block, totals.data(),
+                     [&] { read.step(), read_too.step(); });
           });
           for (int64_t w = 0; w < size; w++) kernel[w] = total<Number>(totals[w]);
           unmix(kernel.data(), size, routing + s * z.kernels, weight + first,
-                routing_grad + (p * z.samples + s) * z.kernels, sums);
+                routing_grad + (b * z.samples + s) * z.kernels, sums);
         }
       }
   }
@@ -151,7 +156,8 @@ template <typename Number> class Products {
         each();
         adding<Number>(sums.length(), run.length())(
             {numbers.begin + sums.first * numbers.sum, numbers.sum, numbers.next, 0}, {map + run.first, pixels, 0},
-            {1, block.deep.length(), run.length(), block.deep.first == 0}, to + sums.first * pixels + run.first, pixels);
+            {1, block.deep.length(), run.length(), block.deep.first == 0}, to + sums.first * pixels + run.first,
+            pixels);
       }
   }
 
@@ -201,7 +207,7 @@ template <typename Number> class Products {
       for (int m = 0; m < M; m++) totals[n * z.in_channels + m] = total[n][m];
   }
 
-  // The last few numbers of a row, of at least as many as a vector has, and zeros.
+  // The last few numbers of a row, and zeros.
   static Vector load_last(const Number *from, int64_t count) {
     Vector vector = {};
     for (int64_t i = 0; i < count; i++) vector[i] = from[i];

@@ -217,18 +217,53 @@ def test_parts_of_the_samples(blocks: int, numbers: int, samples: int, threads: 
     assert parts == 1 or parts * numbers <= mixed.MOST_IN_PARTS
 
 
+# What products.cpp computes.
+FEW: dict[str, Any] = {
+    "channels": (3, 37),
+    "size": (16, 16),
+    "kernel": (1, 1),
+    "layout": torch.contiguous_format,
+}
+# Of mixed.cpp, of products.cpp, and of both.
+WAYS = [{}, FEW, {**FEW, "channels": (40, 24), "size": (8, 8)}]
+
+
 @pytest.mark.parametrize("needed", [n for n in itertools.product([True, False], repeat=3) if any(n)])
-def test_what_needs_no_gradient(needed: tuple[bool, ...]) -> None:
-    tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(draw(), needed, strict=True)]
+@pytest.mark.parametrize("drawn", WAYS)
+def test_what_needs_no_gradient(drawn: dict[str, Any], needed: tuple[bool, ...]) -> None:
+    tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(draw(**drawn), needed, strict=True)]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    outputs = by_cpp(*tensors, padding=1), loop(*tensors, padding=1)
+    outputs = by_cpp(*tensors), loop(*tensors)
     assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in outputs))
 
 
-def test_empty_batch() -> None:
-    tensors = draw(0)
-    y = cpp(*tensors, Geometry((1, 1), (1, 1), (1, 1), 1))
-    assert y.shape == (0, 37, 7, 6)
+@pytest.mark.parametrize(
+    ("drawn", "files"),
+    [
+        (WAYS[0], ["mixed", "mixed", "mixed"]),
+        (WAYS[1], ["products", "products", "products"]),
+        (WAYS[2], ["products", "products", "mixed"]),
+    ],
+)
+def test_which_file_computes(drawn: dict[str, Any], files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def call(name: str, *given: Any) -> None:
+        called.append(name)
+        native.call(name, *given)
+
+    monkeypatch.setattr(mixed, "call", call)
+    tensors = draw(**drawn)
+    torch.autograd.grad(by_cpp(*tensors).sum(), tensors)
+    jobs = ("forward", "backward", "differentiate")
+    assert called == [f"{file}_{job}" for file, job in zip(files, jobs, strict=True)]
+
+
+@pytest.mark.parametrize("drawn", WAYS)
+def test_empty_batch(drawn: dict[str, Any]) -> None:
+    tensors = draw(0, **drawn)
+    y = cpp(*tensors, Geometry((1, 1), (0, 0), (1, 1), 1))
+    assert y.shape == (0, *loop(*draw(1, **drawn)).shape[1:])
     gradients = torch.autograd.grad(y.sum(), tensors)
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
     assert not any(gradient.any() for gradient in gradients)
@@ -366,16 +401,26 @@ def test_checkpoints_and_many_threads() -> None:
         ({"dtype": torch.float16}, r"computes torch.float32 and torch.float64, not torch.float16: take 'auto'"),
         (
             {"channels": (3, 37), "dtype": torch.float32},
-            "computes 16 or more channels, fewer in contiguous maps of 256 or more pixels alone, with 1x1 kernels of "
-            "up to 4096 weights, not 3 to 37",
+            "computes 16 or more channels, fewer with 1x1 kernels alone, without padding, of up to 4096 weights, in "
+            "contiguous maps of 256 or more pixels, not 3 to 37: take 'auto'",
         ),
         ({"channels": (7, 8)}, "computes 8 or more channels, fewer .* not 7 to 8"),
         ({"channels": (3, 37), "size": (16, 16), "kernel": (1, 1)}, "computes 8 or more channels, fewer .* 3 to 37"),
+        ({**FEW, "size": (15, 17)}, "computes 8 or more channels, fewer .* not 3 to 37"),
+        ({**FEW, "channels": (3, 1366)}, "computes 8 or more channels, fewer .* not 3 to 1366"),
+        ({**FEW, "kernel": (1, 2)}, "computes 8 or more channels, fewer .* not 3 to 37"),
     ],
 )
 def test_what_it_does_not_serve(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="method='cpp' " + message):
         by_cpp(*draw(**change))
+
+
+def test_few_channels_that_it_serves() -> None:
+    for channels in ((3, 37), (1, 4096)):
+        assert by_cpp(*draw(**{**FEW, "channels": channels})).shape[1] == channels[1]
+    with pytest.raises(ValueError, match="without padding"):
+        by_cpp(*draw(**FEW), padding=1)
 
 
 def test_groups_and_other_devices() -> None:

@@ -164,8 +164,8 @@ def _use(name: str) -> None:
 
 
 def _unable(layers: list[DynamicConv2d]) -> set[DynamicConv2d]:
-    """Find the layers that ``cpp`` does not compute, with a step, in which they see their inputs."""
-    found = set()
+    """Find the layers that ``cpp`` does not compute, in a step, which shows them their inputs."""
+    found: set[DynamicConv2d] = set()
 
     def look(layer: DynamicConv2d, inputs: tuple[Tensor]) -> None:
         (x,), weight = inputs, layer.weight
@@ -174,7 +174,10 @@ def _unable(layers: list[DynamicConv2d]) -> set[DynamicConv2d]:
             found.add(layer)
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    _here["step"]()
+    for layer in layers:
+        layer.method = "grouped"  # which computes any
+    with torch.compiler.set_stance("force_eager"):
+        _here["step"]()
     for hook in hooks:
         hook.remove()
     return found
