@@ -114,12 +114,15 @@ def test_lines_are_the_costs_that_made_the_times() -> None:
     assert lines(without).cpp == fit(without).cpp == ()
 
 
-@pytest.mark.parametrize(("size", "training", "counts"), [(1, True, True), (1, False, False), (3, True, False)])
-def test_what_goes_into_products_counts_in_training(size: int, training: bool, counts: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "batch", "training", "counts"),
+    [(1, 32, True, True), (1, 32, False, True), (1, 1, True, True), (1, 1, False, False), (3, 32, True, False)],
+)
+def test_what_goes_into_products_counts(size: int, batch: int, training: bool, counts: bool) -> None:
     geometry = Geometry((1, 1), (size // 2, size // 2), (1, 1), 1)
-    shapes = torch.Size((32, 96, 56, 56)), torch.Size((4, 16, 96, size, size))
+    shapes = torch.Size((batch, 96, 56, 56)), torch.Size((4, 16, 96, size, size))
     case = Case(*shapes, geometry, torch.float32, "cpu", False, True, training, 2**28, True, True)
-    assert mixed_first_work(case)[4:6] == (counts * 32 * 96 * 56 * 56, 32 * 16 * 56 * 56)
+    assert mixed_first_work(case)[4:6] == (counts * batch * 96 * 56 * 56, batch * 16 * 56 * 56)
 
 
 def lost(costs: Costs, results: list[fit_costs.Result]) -> float:

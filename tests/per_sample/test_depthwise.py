@@ -599,6 +599,7 @@ class TestCompiling:
         assert native.is_compiled()
         assert one.stat().st_size > 10_000
 
+    @pytest.mark.slow  # compiles the library
     def test_backward_where_there_is_no_library_anymore(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, _, weight, _ = draw(1)
         geometry = Geometry((1, 1), (1, 2), (1, 1), 4)
