@@ -215,7 +215,7 @@ class LayerContract:
 
     @pytest.mark.parametrize(
         ("backend", "kernel_size", "training"),
-        [("inductor", 3, False), ("aot_eager", 1, True)],
+        [pytest.param("inductor", 3, False, marks=pytest.mark.slow), ("aot_eager", 1, True)],
     )
     def test_compiles_to_one_graph(self, backend: str, kernel_size: int, training: bool) -> None:
         if backend == "inductor" and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):

@@ -153,9 +153,9 @@ def test_blocks_of_whole_pixels(channels: Pair, stride: int, padding: int, dtype
 # Of as many pixels as are multiplied as they lie, and as are summed up; with fewer and more channels than are
 # multiplied at once; and with more weights than are summed up.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("threads", [1, 3, 16])
 @pytest.mark.parametrize("size", [(8, 8), (5, 13), (16, 16), (15, 19), (28, 28)])
-@pytest.mark.parametrize("channels", [(24, 40), (40, 24), (21, 37), (16, 300), (300, 16)])
+@pytest.mark.parametrize("channels", [(40, 24), (21, 37), (16, 300), (300, 16)])
 def test_products_of_planes(channels: Pair, size: Pair, threads: int, dtype: torch.dtype) -> None:
     with threads_of(threads):
         for batch in (1, 5):
