@@ -88,11 +88,11 @@ template <typename Number> class Products {
   void differentiate(const Number *grad, const Number *input, const Number *routing, const Number *weight,
                      Number *routing_grad, Number *weight_grad) const {
     const auto samples = parts_of(z.samples, std::max<int64_t>(1, (z.samples + z.parts - 1) / z.parts));
-    const auto channels = parts_of(z.out_channels, z.out_block);
+    const auto blocks = parts_of(z.out_channels, z.out_block);
 #pragma omp parallel for collapse(2) num_threads(z.threads)
     for (int64_t part = 0; part < z.parts; part++)
-      for (size_t b = 0; b < channels.size(); b++) {
-        const Range these = channels[b];
+      for (size_t b = 0; b < blocks.size(); b++) {
+        const Range these = blocks[b];
         const int64_t size = these.length() * z.in_channels, first = these.first * z.in_channels;
         Number *const sums = weight_grad ? weight_grad + part * z.kernels * weights + first : nullptr;
         for (int64_t k = 0; sums && k < z.kernels; k++) std::fill_n(sums + k * weights, size, Number(0));
