@@ -48,8 +48,8 @@ class Costs(NamedTuple):
 
 def mixed_first_work(case: Case) -> tuple[int, ...]:
     """Count weights of the B mixed kernels, what these are mixed of, multiply-adds, the call of a product, what goes
-    into one, what comes out, the first again where a product has few columns, which it is slow with (but
-    not with a vector), and what of kernels and outputs does not stay in caches.
+    into one, what comes out, the first again where a product has few columns, which it is slow with (but not with a
+    vector), and what of kernels and outputs does not stay in caches.
 
     The call of a convolution is not counted: those that were measured take so long that it cannot be told. Nor is what
     goes in elsewhere, or forward of one image: choices do not become better by it.
