@@ -8,7 +8,7 @@ import torch
 from dyn_lightning.per_sample.depthwise import serves
 from dyn_lightning.per_sample.geometry import Geometry, is_depthwise, positions
 from dyn_lightning.per_sample.methods import are_few, mixes_rows, multiplies
-from dyn_lightning.per_sample.mixed import LEAST_CHANNELS, numbers_held, why_not
+from dyn_lightning.per_sample.mixed import numbers_held, why_not
 from dyn_lightning.per_sample.processor import is_intel
 from dyn_lightning.per_sample.reduction import Plan
 
@@ -63,10 +63,6 @@ class Case(NamedTuple):
     def is_mixed_in_cpp(self) -> bool:
         """Whether our C++ can compute it with kernels that it mixes block by block."""
         return not why_not(self.input, self.weight, self.geometry, self.dtype, self.device, self.channels_last)
-
-    def has_few_channels(self) -> bool:
-        """Whether the channels of a side do not fill a vector, of which our C++ computes some products alone."""
-        return min(self.weight[1:3]) < LEAST_CHANNELS.get(self.dtype, 0)
 
     def unfolds(self) -> bool:
         """Whether products with the unfolded input are faster than a convolution with the samples as its groups."""
@@ -129,7 +125,7 @@ class Case(NamedTuple):
             mixture += copied + (math.prod(self.weight) if self.geometry.groups > 1 else 0)  # and so are those
         others = {
             "mixture": mixture,
-            "cpp": numbers_held(self.input, self.weight, self.geometry, self.training) + copied,
+            "cpp": numbers_held(self.input, self.weight, self.geometry, self.training, not self.channels_last) + copied,
             "triton": self.held_by_triton(),
         }
         if not self.channels_last or self.is_ours():

@@ -85,52 +85,53 @@ def _sum(costs: tuple[float, ...], work: tuple[int, ...]) -> float:
 
 
 # By (whether a sample's convolution is one matrix product, whether there is a backward pass, of how many images).
-# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json`, `layers_again.json` and
-# `layers_k16.json` in `experiments/benchmarks/results/other`: two cores of an x86-64 processor that is not Intel's,
-# float32 (the same numbers serve the other types), K = 4 and 16, contiguous maps, freed memory kept. The runs are older
-# than one_sample.cpp, so they have no times of our C++ for one image with few positions.
+# Fitted by `experiments.benchmarks.dynamic_conv.fit_costs` to the files `layers.json` and `layers_k16.json` in
+# `experiments/benchmarks/results/other`: two cores of an EPYC of AMD's (AVX-512), float32 (the same numbers serve the
+# other types), K = 4 and 16, contiguous maps, freed memory kept.
 OTHER_COSTS = {
     (True, True, "several"): Costs(
-        (1540, 12.3, 30.5, 113e6, 278, 312, 1740, 486),
-        (34.7, 607, 2240, 514e6),
-        (286, 228, 26.1, 292e6, 188),
+        (1410, 32.2, 32.9, 89.8e6, 447, 403, 1070, 745),
+        (40.2, 734, 1870, 565e6),
+        (182, 267, 29.3, 297e6, 168),
     ),
     (True, False, "several"): Costs(
-        (519, 8.27, 8.15, 17.8e6, 86.7, 85.8, 570, 73.6),
-        (19.8, 250, 643, 101e6),
-        (47.9, 62.1, 8.12, 23.8e6, 91),
+        (357, 27.3, 14.4, 47e6, 134, 100, 462, 0),
+        (12.9, 346, 1040, 80.5e6),
+        (37.4, 31.6, 12.3, 48.2e6, 57.6),
     ),
     (True, False, "one"): Costs(
-        (32.3, 112, 10.4, 25.2e6, 0, 351, 0, 0),
-        (10.8, 242, 364, 35.6e6),
-        (145, 1380, 8.11, 28.7e6, 84.7),
+        (157, 154, 13.4, 33.7e6, 0, 484, 0, 0),
+        (10.3, 395, 776, 44.1e6),
+        (0, 40.9, 11.8, 28.3e6, 101),
     ),
     (True, False, "one, few positions"): Costs(
-        (10.9, 107, 27.5, 17.5e6, 0, 0, 614, 0),
-        (19.6, 60.4, 514, 33.8e6),
+        (0, 115, 28.5, 29.4e6, 0, 47.9, 594, 0),
+        (13.3, 95.2, 957, 32.7e6),
+        (0, 48.7, 16.8, 24.6e6, 0),
     ),
     (False, True, "several"): Costs(
-        (1920, 61.2, 31, 0, 0, 1010, 0, 242),
-        (30.7, 1400, 0, 898e6),
-        (4.82, 325, 26.2, 457e6, 63),
+        (1650, 53.3, 44.6, 0, 0, 939, 0, 0),
+        (29.9, 1370, 0, 2070e6),
+        (0, 186, 23.1, 1670e6, 615),
     ),
     (False, False, "several"): Costs(
-        (905, 11.7, 5.08, 0, 0, 0, 0, 96.5),
-        (15.5, 710, 601, 87.3e6),
-        (0, 68.2, 5.63, 14.1e6, 0),
+        (957, 13, 4.74, 0, 0, 1550, 0, 0),
+        (14.3, 653, 511, 102e6),
+        (0, 59.1, 6.87, 0, 0),
     ),
     (False, False, "one"): Costs(
-        (159, 219, 9.57, 0, 0, 490, 0, 0),
-        (9.55, 360, 154, 270e6),
-        (0, 1130, 6.8, 0, 3600),
+        (1050, 150, 8.93, 0, 0, 1850, 0, 0),
+        (9.65, 281, 186, 625e6),
+        (70.4, 959, 6.88, 0, 5360),
     ),
     (False, False, "one, few positions"): Costs(
-        (494, 116, 17.6, 0, 0, 5150, 385, 0),
-        (16.9, 154, 275, 4.91e6),
+        (453, 126, 18.7, 0, 0, 26400, 719, 0),
+        (14.7, 160, 0, 37.7e6),
+        (0, 66.3, 18.6, 0, 12300),
     ),
 }
-# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names in `results/intel`, and from
-# `one.json`, `one_again.json` and `one_k16.json` for one image.
+# The same of two cores of a Xeon of Intel's with AVX-512, from the files of these names and `layers_again.json` in
+# `results/intel`, and from `one.json`, `one_again.json` and `one_k16.json` for one image.
 INTEL_COSTS = {
     (True, True, "several"): Costs(
         (1290, 0, 16.7, 189e6, 700, 732, 172, 730),
@@ -194,10 +195,8 @@ def choose(case: Case) -> str:
     within = methods_within(case)
     first = first_within(case, within)
     kind, costs = kind_of(case), costs_of(case)
-    if not is_open(case) or kind not in costs:
+    if case.is_depthwise() or kind not in costs:  # depthwise kernels are mixed with K times fewer multiply-adds
         return first
-    if case.has_few_channels() and not case.intel and "cpp" in within:
-        within.remove("cpp")  # not measured there
     if case.channels_last and case.input[0] > 1 and not case.is_product() and "cpp" in within:
         first = "cpp"  # of maps as they are, where a convolution with the samples as groups copies them
     return costs[kind].best(case, first, within)
@@ -214,15 +213,6 @@ def first_within(case: Case, within: list[str]) -> str:
     if first in within:
         return first
     return next(iter(within), first) if case.exported else "chunked"  # what others run without us has no chunks of ours
-
-
-def is_open(case: Case) -> bool:
-    """Tell whether costs decide: not of depthwise kernels, which are mixed with K times fewer multiply-adds, nor, on
-    CPUs but Intel's, of one image's single position with fewer input than output channels, where K kernels would give
-    many sums of few numbers.
-    """
-    wide = case.weight[1] > case.weight[2] and not case.intel
-    return not case.is_depthwise() and not (wide and case.is_single())
 
 
 def costs_of(case: Case) -> dict[Kind, Costs]:

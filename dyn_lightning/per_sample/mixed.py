@@ -66,17 +66,28 @@ def why_not(
     return "" if is_compiled() else "needs Linux and a C++ compiler"
 
 
-def numbers_held(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, training: bool) -> int:
-    """Numbers that are held beside dense maps: the kernels in another order, or what few positions of one sample see;
-    in training half of the larger of both, with the sums of the kernels' gradients, since it is allowed twice as much.
+def numbers_held(
+    input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, training: bool, planes: bool
+) -> int:
+    """Numbers that are held beside dense maps: the kernels in another order, but for products.cpp, or what few
+    positions of one sample see; in training half of the larger of both, with the sums of the kernels' gradients, since
+    it is allowed twice as much.
 
     Each thread takes a block of a map besides, or of several maps that come to 4 MB, and blocks of kernels.
+
+    Args:
+        input: shape of the maps.
+        weight: shape of the K kernels.
+        geometry: of the convolution.
+        training: whether there is a backward pass.
+        planes: whether the maps are contiguous.
     """
-    numbers, seen = math.prod(weight), numbers_seen(input, weight, geometry)
+    numbers, seen, shapes = math.prod(weight), numbers_seen(input, weight, geometry), (input, weight, geometry)
     if not training:
-        return seen or numbers
+        return seen or (0 if _multiplies_planes(*shapes, planes) else numbers)
     in_parts = MOST_IN_PARTS if input[0] > 1 and 2 * numbers <= MOST_IN_PARTS else 0
-    return -(-max(seen, numbers + in_parts) // 2)
+    ordered = 0 if _sums_up_planes(*shapes, planes) else numbers
+    return -(-max(seen, ordered + in_parts) // 2)
 
 
 def numbers_seen(input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> int:

@@ -466,18 +466,25 @@ def test_memory_of_a_training_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "kernels", "training", "expected"),
+    ("batch", "size", "kernels", "training", "planes", "expected"),
     [
-        (1, 1, False, 64 * 64),  # what 49 positions see, in whole vectors
-        (1, 1, True, 64 * 64 // 2),  # more than the kernels
-        (1, 9, True, 9 * 16 * 64 // 2),
-        (2, 1, False, 16 * 64),
-        (2, 1, True, (16 * 64 + mixed.MOST_IN_PARTS) // 2),
+        (1, 7, 1, False, True, 64 * 64),  # what 49 positions see, in whole vectors
+        (1, 7, 1, True, True, 64 * 64 // 2),  # more than the kernels
+        (1, 7, 9, True, True, 9 * 16 * 64 // 2),
+        (2, 7, 1, False, True, 16 * 64),
+        (2, 7, 1, True, True, (16 * 64 + mixed.MOST_IN_PARTS) // 2),
+        (2, 8, 1, False, True, 0),  # the kernels as they lie
+        (2, 8, 1, False, False, 16 * 64),
+        (2, 8, 1, True, True, (16 * 64 + mixed.MOST_IN_PARTS) // 2),  # not for their gradients
+        (2, 16, 1, True, True, mixed.MOST_IN_PARTS // 2),
+        (2, 16, 1, True, False, (16 * 64 + mixed.MOST_IN_PARTS) // 2),
     ],
 )
-def test_numbers_that_are_held(batch: int, kernels: int, training: bool, expected: int) -> None:
-    shapes = (batch, 64, 7, 7), (kernels, 16, 64, 1, 1)
-    assert numbers_held(*shapes, Geometry((1, 1), (0, 0), (1, 1), 1), training) == expected
+def test_numbers_that_are_held(
+    batch: int, size: int, kernels: int, training: bool, planes: bool, expected: int
+) -> None:
+    shapes = (batch, 64, size, size), (kernels, 16, 64, 1, 1)
+    assert numbers_held(*shapes, Geometry((1, 1), (0, 0), (1, 1), 1), training, planes) == expected
 
 
 class TestAuto:

@@ -27,7 +27,6 @@ from dyn_lightning.per_sample.choice import (
     choose,
     cpp_work,
     first_within,
-    is_open,
     kind_of,
     methods_within,
     mixed_first_work,
@@ -74,7 +73,7 @@ def decided_by_costs(rows: list[tuple[Case, dict[str, Any]]]) -> list[Result]:
     return [
         (case, first_within(case, within), {name: ms for name, ms in result["milliseconds"].items() if name in within})
         for case, result in rows
-        if is_open(case) and "mixture" in (within := methods_within(case))
+        if not case.is_depthwise() and "mixture" in (within := methods_within(case))
     ]
 
 

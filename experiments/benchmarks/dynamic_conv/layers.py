@@ -20,9 +20,8 @@ from dyn_lightning.convert import convert
 from dyn_lightning.cost import peak_bytes
 from dyn_lightning.functional import choose_method, dynamic_conv2d
 from dyn_lightning.layers import CondConv2d
-from dyn_lightning.per_sample.geometry import Geometry
 from dyn_lightning.per_sample.mixed import why_not
-from dyn_lightning.per_sample.reduction import plan_of
+from dyn_lightning.per_sample.reduction import Plan, plan_of
 from experiments.benchmarks.dynamic_conv.networks import NETWORKS, head, names
 from experiments.benchmarks.timing import interleaved
 
@@ -95,7 +94,8 @@ def measure_layer(
             torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     with torch.set_grad_enabled(training):
-        case = (x.shape, stacked, Geometry((stride, stride), (padding, padding), (1, 1), groups), options.dtype)
+        plan = _plan(shape, batch, training, options)
+        case = (plan.input, plan.weight, plan.geometry, options.dtype)
         serves = not why_not(*case, options.device.type, options.channels_last)
         functions = {name: partial(compute, name) for name in names(options) if name != "cpp" or serves}
         times = interleaved(functions, _rounds(batch, options), options.device, patience=4, least_ms=5)
@@ -135,7 +135,7 @@ def layers(options: Any) -> list[dict[str, Any]]:
                 print(f"{shape!s:48}{times['static']:9.2f}{ratios}{held}  {chosen}", flush=True)
                 about = {"job": job, "batch": batch, "training": training, "shape": shape, "networks": shapes()[shape]}
                 about["rounds"] = _rounds(batch, options)
-                about["kernel"] = _seen(shape, batch, training, options)
+                about["kernel"] = _plan(shape, batch, training, options).weight[3:]
                 found.append({**about, "auto": chosen, "milliseconds": times, "MiB": peaks})
         print(quality(found))
         results += found
@@ -146,12 +146,12 @@ def _rounds(batch: int, options: Any) -> int:
     return int(options.rounds) * (ROUNDS_OF_ONE if batch == 1 else 1)
 
 
-def _seen(shape: Shape, batch: int, training: bool, options: Any) -> tuple[int, ...]:
-    """Give the kernel's rows and columns that are computed with: those that see more than padding, where that pays."""
+def _plan(shape: Shape, batch: int, training: bool, options: Any) -> Plan:
+    """Say what is computed: with less of the kernel where the rest sees padding alone, and that pays."""
     in_channels, out_channels, size, stride, padding, groups, pixels = shape
     weight = (options.kernels, out_channels, in_channels // groups, size, size)
     geometry = ((stride, stride), (padding, padding), (1, 1), groups)
-    return plan_of((batch, in_channels, pixels, pixels), weight, *geometry, training).weight[3:]
+    return plan_of((batch, in_channels, pixels, pixels), weight, *geometry, training)
 
 
 def quality(results: list[dict[str, Any]]) -> str:
