@@ -69,9 +69,9 @@ def why_not(
 def numbers_held(
     input: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, training: bool, planes: bool
 ) -> int:
-    """Numbers that are held beside dense maps: the kernels in another order, but for products.cpp, or what few
-    positions of one sample see; in training half of the larger of both, with the sums of the kernels' gradients, since
-    it is allowed twice as much.
+    """Numbers that are held beside dense maps: the kernels in another order, unless products.cpp computes all, or what
+    few positions of one sample see; in training half of the larger of both, with the sums of the kernels' gradients,
+    since it is allowed twice as much.
 
     Each thread takes a block of a map besides, or of several maps that come to 4 MB, and blocks of kernels.
 
@@ -85,6 +85,7 @@ def numbers_held(
     numbers, seen, shapes = math.prod(weight), numbers_seen(input, weight, geometry), (input, weight, geometry)
     if not training:
         return seen or (0 if _multiplies_planes(*shapes, planes) else numbers)
+    # At most: to compare with the samples, so that there are no more parts, would close what is left open of a batch.
     in_parts = MOST_IN_PARTS if input[0] > 1 and 2 * numbers <= MOST_IN_PARTS else 0
     ordered = 0 if _sums_up_planes(*shapes, planes) else numbers
     return -(-max(seen, ordered + in_parts) // 2)

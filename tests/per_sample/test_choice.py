@@ -36,6 +36,7 @@ PADDED: dict[str, Any] = {"padding": 1}
         ((1, 96, 14, 14), (4, 96, 1, 3, 3), {"padding": 1, "groups": 96}, "grouped"),
         # MobileNetV2: 1x1 over large and over single pixels, depthwise over large and small maps
         ((32, 24, 56, 56), (4, 144, 24, 1, 1), {}, "cpp"),
+        ((32, 8, 112, 112), (4, 48, 8, 1, 1), {}, "cpp"),
         ((32, 960, 1, 1), (4, 160, 960, 1, 1), {}, "mixture"),
         ((32, 96, 112, 112), (4, 96, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 96}, "grouped"),
         ((32, 192, 14, 14), (4, 192, 1, 3, 3), {"padding": 1, "groups": 192}, "grouped"),
@@ -91,6 +92,7 @@ def test_channels_last_does_not_choose_otherwise(
         ((1, 256, 14, 14), (4, 512, 256, 3, 3), PADDED, "grouped", "grouped"),
         ((1, 512, 1, 1), (4, 512, 512, 3, 3), PADDED, "cpp", "cpp"),
         ((1, 16, 56, 56), (4, 96, 16, 1, 1), {}, "cpp", "cpp"),
+        ((1, 2048, 1, 1), (4, 512, 2048, 1, 1), {}, "cpp", "cpp"),
         ((1, 512, 1, 1), (4, 2048, 512, 1, 1), {}, "cpp", "cpp"),
         ((128, 512, 7, 7), (4, 512, 256, 3, 3), {"padding": 1, "groups": 2}, "chunked", "chunked"),  # more than allowed
     ],
@@ -285,6 +287,8 @@ class TestMemory:
             ((64, 64, 4, 4), (4, 64, 64, 3, 3), PADDED, False, 10**6),
             ((16, 32, 14, 14), (4, 32, 32, 3, 3), PADDED, True, 700_000),
             ((8, 64, 32, 32), (4, 8, 64, 1, 1), {"stride": 2}, False, 200_000),  # rows that have to be copied
+            ((8, 64, 32, 32), (4, 96, 64, 1, 1), {}, False, 20_000),  # less than a sample's kernel
+            ((1, 64, 16, 16), (4, 32, 64, 1, 1), {}, True, 20_000),
             ((64, 64, 4, 4), (4, 64, 32, 3, 3), {"padding": 1, "groups": 2}, False, 1_100_000),
             ((8, 512, 2, 2), (4, 512, 256, 3, 3), {"padding": 1, "groups": 2}, False, 6 * 10**6),  # all K are copied
             ((32, 512, 2, 2), (4, 16, 512, 1, 1), {}, False, 40_000),

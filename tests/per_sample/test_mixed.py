@@ -329,7 +329,8 @@ def test_auto_is_compiled_with_an_open_batch(size: Pair) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(dynamic_conv2d, fullgraph=True, backend=counter)
-    for batch in (3, size[0] * size[1], 9):  # also as many images as positions
+    count = size[0] * size[1]
+    for batch in (3, count, count + 1):  # as many images as positions; by the same method as that many
         tensors = draw(batch, (64, 64), size, dtype=torch.float32, layout=torch.contiguous_format)
         assert_close(compiled(*tensors, padding=1), dynamic_conv2d(*tensors, padding=1))
     assert counter.frame_count == 2  # of a batch of 3, and of any
@@ -471,6 +472,9 @@ def test_memory_of_a_training_step() -> None:
         (1, 7, 1, False, True, 64 * 64),  # what 49 positions see, in whole vectors
         (1, 7, 1, True, True, 64 * 64 // 2),  # more than the kernels
         (1, 7, 9, True, True, 9 * 16 * 64 // 2),
+        (1, 8, 1, False, True, 64 * 64),
+        (1, 8, 9, True, True, 9 * 16 * 64 // 2),
+        (1, 16, 1, True, True, 0),
         (2, 7, 1, False, True, 16 * 64),
         (2, 7, 1, True, True, (16 * 64 + mixed.MOST_IN_PARTS) // 2),
         (2, 8, 1, False, True, 0),  # the kernels as they lie
