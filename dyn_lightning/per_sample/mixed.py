@@ -85,7 +85,7 @@ def numbers_held(
     numbers, seen, shapes = math.prod(weight), numbers_seen(input, weight, geometry), (input, weight, geometry)
     if not training:
         return seen or (0 if _multiplies_planes(*shapes, planes) else numbers)
-    # At most: to compare with the samples, so that there are no more parts, would close what is left open of a batch.
+    # At most: fewer samples, or threads, have fewer parts.
     in_parts = MOST_IN_PARTS if input[0] > 1 and 2 * numbers <= MOST_IN_PARTS else 0
     ordered = 0 if _sums_up_planes(*shapes, planes) else numbers
     return -(-max(seen, ordered + in_parts) // 2)
