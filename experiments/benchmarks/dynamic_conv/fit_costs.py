@@ -57,14 +57,10 @@ def cases(path: str) -> list[tuple[Case, dict[str, Any]]]:
         layout = "channels_last" if measured["channels_last"] else "contiguous"
         training = result["training"]
         plan = plan_of(images, weight, (stride, stride), (padding, padding), (1, 1), groups, training)
-        # Older files do not say it; in them, these kernels were cut to 2x2.
-        before = (2, 2) if (size, stride, pixels) == (3, 2, 2) else plan.weight[3:]
-        if tuple(result.get("kernel", before)) != plan.weight[3:]:
+        if tuple(result["kernel"]) != plan.weight[3:]:
             continue  # it was computed otherwise than today
-        # Older files have neither.
-        kept, intel = (measured.get(name, False) for name in ("keeps_freed_memory", "intel"))
-        case = case_of(plan, layout, torch.float32, "cpu", training, keeps_memory=kept)
-        found.append((case._replace(intel=intel), result))
+        case = case_of(plan, layout, torch.float32, "cpu", training, keeps_memory=measured["keeps_freed_memory"])
+        found.append((case._replace(intel=measured["intel"]), result))
     return found
 
 
@@ -155,7 +151,7 @@ def mean(same: tuple[tuple[Case, dict[str, Any]], ...]) -> tuple[Case, dict[str,
 def report(title: str, rows: list[tuple[Case, dict[str, Any]]]) -> None:
     """Print how good the choices of ``choice.py`` are, job by job."""
     for job in dict.fromkeys(result["job"] for _, result in rows):
-        # Older files do not know all methods.
+        # A machine without a compiler has no times of our C++.
         choices = [(result, choose(case)) for case, result in rows if result["job"] == job]
         chosen = [result | {"auto": auto} for result, auto in choices if auto in result["milliseconds"]]
         print(f"{title}, {job}, by the numbers of choice.py: {quality(chosen)}")
