@@ -268,7 +268,7 @@ template <typename Pixel> class SampleBySample {
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
         lay_out(kernels + s * z.channels * weights, kernel.data());
-        pixels.add_up(input + s * inputs, pixels.output, kernel.data(), output + s * outputs);
+        pixels.add_up(input + s * inputs, pixels.output, {0, z.rows}, kernel.data(), output + s * outputs);
       }
     }
   }
@@ -278,17 +278,22 @@ template <typename Pixel> class SampleBySample {
                 Pixel *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernel(numbers);
+      std::vector<Number> kernel(numbers), kernel_grad(numbers);
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
-        if (kernels_grad) {
-          pixels.multiply(input + s * inputs, grad + s * outputs, kernel.data());
-          lay_back(kernel.data(), kernels_grad + s * z.channels * weights);
+        const Pixel *map = input + s * inputs, *map_grad = grad + s * outputs;
+        std::fill(kernel_grad.begin(), kernel_grad.end(), Number(0));
+        if (input_grad) lay_out(kernels + s * z.channels * weights, kernel.data());
+        // Both are given what a row of the gradient brings while it is near.
+        int64_t given = 0;
+        for (int64_t r = 0; r < z.rows; r++) {
+          if (kernels_grad) pixels.multiply(map, map_grad, {r, r + 1}, kernel_grad.data());
+          if (!input_grad) continue;
+          const int64_t first = given;
+          while (given < z.height && pixels.input.reached[given] <= r + 1) given++;
+          pixels.add_up(map_grad, pixels.input, {first, given}, kernel.data(), input_grad + s * inputs);
         }
-        if (input_grad) {
-          lay_out(kernels + s * z.channels * weights, kernel.data());
-          pixels.add_up(grad + s * outputs, pixels.input, kernel.data(), input_grad + s * inputs);
-        }
+        if (kernels_grad) lay_back(kernel_grad.data(), kernels_grad + s * z.channels * weights);
       }
     }
   }
@@ -296,13 +301,13 @@ template <typename Pixel> class SampleBySample {
  private:
   // Lay the weights of a sample's kernels out as maps are, vector by vector.
   void lay_out(const Pixel *kernels, Number *kernel) const {
-    for (size_t v = 0; v < pixels.first.size(); v++)
-      transpose(kernels + pixels.first[v] * weights, weights, LANES, weights, kernel + v * LANES, pixels.pitch);
+    for (int64_t v = 0; v * LANES < z.channels; v++)
+      transpose(kernels + pixels.first_of(v) * weights, weights, LANES, weights, kernel + v * LANES, pixels.pitch);
   }
 
   void lay_back(const Number *kernel, Pixel *kernels) const {
-    for (size_t v = 0; v < pixels.first.size(); v++)
-      transpose(kernel + v * LANES, pixels.pitch, weights, LANES, kernels + pixels.first[v] * weights, weights);
+    for (int64_t v = 0; v * LANES < z.channels; v++)
+      transpose(kernel + v * LANES, pixels.pitch, weights, LANES, kernels + pixels.first_of(v) * weights, weights);
   }
 };
 
@@ -346,7 +351,8 @@ template <typename Pixel> class PlanesTogether {
         ahead.add(output, (p + LANES) * outputs, LANES * outputs);
         take(kernels + p * weights, weights, count, of.kernel, InOrder(), step);
         take(input + p * inputs, inputs, count, of.input, at(of_input), step);
-        pixels.add_up(met(of.input, pixels.output), pixels.output, of.kernel.data(), of.result.data(), step);
+        pixels.add_up(met(of.input, pixels.output), pixels.output, {0, z.rows}, of.kernel.data(), of.result.data(),
+                      step);
         give(of.result, outputs, count, output + p * outputs, step);
       }
     }
@@ -370,12 +376,15 @@ template <typename Pixel> class PlanesTogether {
         take(grad + p * outputs, outputs, count, of.output, at(of_output), step);
         if (kernels_grad) {
           take(input + p * inputs, inputs, count, of.input, at(of_input), step);
-          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), of.kernel.data(), step);
+          std::fill(of.kernel.begin(), of.kernel.end(), Number(0));
+          pixels.multiply(met(of.input, pixels.output), met(of.output, pixels.input), {0, z.rows}, of.kernel.data(),
+                          step);
           give(of.kernel, weights, count, kernels_grad + p * weights, step);
         }
         if (input_grad) {
           take(kernels + p * weights, weights, count, of.kernel, InOrder(), step);
-          pixels.add_up(met(of.output, pixels.input), pixels.input, of.kernel.data(), of.result.data(), step);
+          pixels.add_up(met(of.output, pixels.input), pixels.input, {0, z.height}, of.kernel.data(), of.result.data(),
+                        step);
           give(of.result, inputs, count, input_grad + p * inputs, step);
         }
       }

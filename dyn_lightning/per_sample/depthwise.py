@@ -22,12 +22,13 @@ from dyn_lightning.per_sample.tracing import remembered
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Pixels of a map up to which as many planes at once as a vector has lanes, turned to lie side by side, take less time
-# than one by one: they are to fit into a near cache.
-MOST_TOGETHER = {torch.float32: 200, torch.bfloat16: 900, torch.float64: 200}
-# With a stride, one plane has to be taken apart, so larger ones are turned as well, if there are as many as these: five
-# times as many as the widest vector has lanes, for each of two threads.
-MOST_TOGETHER_WITH_STRIDE = {torch.float32: 1600, torch.bfloat16: math.inf, torch.float64: 1600}
-LEAST_TOGETHER = 160
+# than one by one: they are to fit into near caches. With a stride, one plane has to be taken apart. If there are fewer
+# planes than ten times as many as the widest vector has lanes for each of two threads, with a stride five times, they
+# are not worth it but where they are small.
+MOST_TOGETHER = {torch.float32: 2000, torch.bfloat16: 2000, torch.float64: 900}
+MOST_TOGETHER_WITH_STRIDE = {torch.float32: 6400, torch.bfloat16: math.inf, torch.float64: 6400}
+LEAST_TOGETHER, LEAST_TOGETHER_WITH_STRIDE = 320, 160
+MOST_OF_FEW_TOGETHER = 200
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
 MOST_LAID_OUT = 64
@@ -98,8 +99,12 @@ def backward(
 
 
 def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
-    several = geometry.stride != (1, 1) and math.prod(input[:2]) >= LEAST_TOGETHER
-    return math.prod(input[2:]) <= (MOST_TOGETHER_WITH_STRIDE if several else MOST_TOGETHER)[dtype]
+    planes, pixels = math.prod(input[:2]), math.prod(input[2:])
+    if geometry.stride == (1, 1):
+        least, most = LEAST_TOGETHER, MOST_TOGETHER[dtype]
+    else:
+        least, most = LEAST_TOGETHER_WITH_STRIDE, MOST_TOGETHER_WITH_STRIDE[dtype]
+    return pixels <= (MOST_OF_FEW_TOGETHER if planes < least else most)
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:

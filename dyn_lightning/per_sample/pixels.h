@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -21,7 +23,9 @@ struct Sizes {  // in the order in which Python gives them
 // lets the cache fetch the next rows, which pays unless the maps are near already; `each` is called with each run.
 template <typename Pixel, bool fetches> class Pixels {
   using Number = typename Computed<Pixel>::Number;
-  static constexpr int LANES = ::LANES<Number>, TOGETHER = 8;  // columns of a run
+  static constexpr int LANES = ::LANES<Number>;
+  static constexpr int TOGETHER = 8;             // columns of a run
+  static constexpr int CHAINS[] = {1, 2, 3, 5};  // weights of a chain
   using Vector = ::Vector<Number>;
 
   struct Meeting {
@@ -50,24 +54,39 @@ template <typename Pixel, bool fetches> class Pixels {
     }
   };
 
-  // Columns, `step` apart, that meet the same weights, at places `met_step` apart; `met` is what the first one meets.
+  // What a row or column meets, in equal steps: how many, the first weight and place, and how far it is to the next
+  // ones, in numbers.
+  struct Met {
+    int64_t count = 0, weight = 0, place = 0, weight_step = 0, place_step = 0;
+
+    Met(const std::vector<Meeting> &met, int64_t weight_pitch, int64_t place_pitch) : count(met.size()) {
+      if (count > 0) weight = met[0].weight * weight_pitch, place = met[0].place * place_pitch;
+      if (count > 1) {
+        weight_step = met[1].weight * weight_pitch - weight;
+        place_step = met[1].place * place_pitch - place;
+      }
+    }
+  };
+
+  // Columns, `step` apart, that meet the same weights, at places `met_step` apart, and what the first one meets: chains,
+  // of whose weights what a column meets with one is what the column before it meets with the next.
   struct Run {
-    int64_t first, count;
-    std::vector<Meeting> met;
+    int64_t first, count, chains;  // which of CHAINS, from 1 on
+    Met met;
+    int64_t fetched, fetched_end;  // columns of the other side from which on, `met_step` apart, the run fetches as many
+  };
+
+  struct Rows {
+    int64_t first, last;
   };
 
   struct Side {
     int64_t width, met_height, met_width, step, met_step;
     int64_t front;  // zeros before the other side's first row; `met_width` has those between rows
-    Meetings rows;
+    std::vector<Met> rows;
     std::vector<Run> runs;
-    std::vector<int64_t> reached;  // rows of the other side up to the last that each row, or one before it, meets
-
-    // The same for a row that may be one of the next sample.
-    int64_t reach(int64_t row) const {
-      const int64_t height = reached.size();
-      return row / height * met_height + reached[row % height];
-    }
+    // Rows of the other side up to the last that each row, or one before it, meets; and the next sample's first row.
+    std::vector<int64_t> reached;
 
     int64_t room() const { return front + met_height * met_width; }  // of the other side
   };
@@ -77,89 +96,78 @@ template <typename Pixel, bool fetches> class Pixels {
 
  public:
   const int64_t pitch = vectors * LANES;  // of the weights, which lie vector by vector
-  std::vector<int64_t> first;             // channel of each vector
   Side output, input;
 
   Pixels(const Sizes &sizes, int64_t channels, bool zeros) : z(sizes), channels(channels) {
     const Axis rows = {z.rows, z.height, z.down, z.above, z.kernel_rows, z.dilation_rows};
     const Axis columns = {z.columns, z.width, z.right, z.left, z.kernel_columns, z.dilation_columns};
     output = side(rows, columns, false, zeros), input = side(rows, columns, true, zeros);
-    for (int64_t v = 0; v < vectors; v++) first.push_back(std::min(v * LANES, channels - LANES));
   }
 
-  // Give each pixel of a side the sum of those that it meets, each times a weight; `from` has the other side's zeros.
+  // Channel with which a vector begins.
+  int64_t first_of(int64_t vector) const { return std::min(vector * LANES, channels - LANES); }
+
+  // Give the pixels of some rows the sums of those that they meet, each times a weight; `from` has the other side's
+  // zeros.
   template <typename Each = Nothing>
-  void add_up(const Pixel *from, const Side &side, const Number *kernel, Pixel *to, Each each = Each()) const {
-    for_runs(from, side, to, each, [&](auto count, int64_t r, const Run &run, int64_t v) {
-      Vector sum[count] = {};
-      for (const Meeting &row : side.rows[r])
-        for (const Meeting &column : run.met) {
-          const Pixel *pixel = from + (row.place * side.met_width + column.place) * channels + first[v];
-          const auto weight = load(kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES);
-          for (int i = 0; i < count; i++) sum[i] += weight * load(pixel + i * side.met_step * channels);
-        }
-      Pixel *pixel = to + (r * side.width + run.first) * channels + first[v];
-      for (int i = 0; i < count; i++) store(sum[i], pixel + i * side.step * channels);
+  void add_up(const Pixel *from, const Side &side, Rows rows, const Number *kernel, Pixel *to,
+              Each each = Each()) const {
+    for_runs(side, rows, side.width, [&](auto count, auto chain, int64_t pixel, const Work &work) {
+      add_up_run<count, chain>(work, from, kernel, to + pixel, each);
     });
   }
 
-  // Multiply what each weight sees with the output's gradient; both have their zeros.
+  // Add the products of what each weight sees with some rows of the output's gradient; both have their zeros.
   template <typename Each = Nothing>
-  void multiply(const Pixel *map, const Pixel *grad, Number *kernel, Each each = Each()) const {
-    std::fill_n(kernel, z.kernel_rows * z.kernel_columns * pitch, Number(0));
-    for_runs(map, output, grad, each, [&](auto count, int64_t r, const Run &run, int64_t v) {
-      Vector of[count];
-      const Pixel *pixel = grad + (r * input.met_width + run.first) * channels + first[v];
-      for (int i = 0; i < count; i++) of[i] = load(pixel + i * channels);
-      for (const Meeting &row : output.rows[r])
-        for (const Meeting &column : run.met) {
-          const Pixel *pixel = map + (row.place * output.met_width + column.place) * channels + first[v];
-          Number *sum = kernel + (row.weight * z.kernel_columns + column.weight) * pitch + v * LANES;
-          Vector total = load(sum);
-          for (int i = 0; i < count; i++) total += of[i] * load(pixel + i * z.right * channels);
-          store(total, sum);
-        }
+  void multiply(const Pixel *map, const Pixel *grad, Rows rows, Number *kernel, Each each = Each()) const {
+    for_runs(output, rows, input.met_width, [&](auto count, auto chain, int64_t pixel, const Work &work) {
+      multiply_run<count, chain>(work, map, grad + pixel, kernel, each);
     });
   }
 
  private:
-  static Side side(const Axis &rows, const Axis &columns, bool back, bool zeros) {
+  Side side(const Axis &rows, const Axis &columns, bool back, bool zeros) const {
     const int64_t step = back ? columns.step : 1, met_step = back ? 1 : columns.step;
     const int64_t width = back ? columns.inputs : columns.outputs, met_width = back ? columns.outputs : columns.inputs;
-    const auto met = rows.meetings(back, false);
-    auto found = runs(columns.meetings(back, false), step, met_step);
+    const int64_t met_height = back ? rows.outputs : rows.inputs;
+    auto met = columns.meetings(back, false);
     int64_t front = 0, behind = 0;
     if (zeros) {
-      const auto beside = columns.meetings(back, true);
-      if (auto longer = runs(beside, step, met_step); loads(longer) < loads(found)) {
-        found = std::move(longer);
-        for (const auto &meetings : beside)
+      auto beside = columns.meetings(back, true);
+      if (loads(runs(beside, step, met_step)) < loads(runs(met, step, met_step))) {
+        met = std::move(beside);
+        for (const auto &meetings : met)
           for (const Meeting &meeting : meetings)
             front = std::max(front, -meeting.place), behind = std::max(behind, meeting.place + 1 - met_width);
       }
     }
-    return {width, back ? rows.outputs : rows.inputs, met_width + std::max(front, behind), step, met_step, front, met,
-            found, reached(met)};
+    const int64_t met_pitch = met_width + std::max(front, behind);
+    std::vector<Met> met_rows;
+    const auto meetings = rows.meetings(back, false);
+    for (const auto &of : meetings) met_rows.emplace_back(of, z.kernel_columns * pitch, met_pitch * channels);
+    return {width, met_height, met_pitch, step, met_step, front, met_rows, runs(met, step, met_step),
+            reached(meetings, met_height)};
   }
 
   // Vectors that are loaded for a row of the kernel: a weight, and what it is multiplied with.
   static int64_t loads(const std::vector<Run> &runs) {
     int64_t found = 0;
-    for (const Run &run : runs) found += run.met.size() * (1 + run.count);
+    for (const Run &run : runs) found += run.met.count * (1 + run.count);
     return found;
   }
 
-  static std::vector<int64_t> reached(const Meetings &rows) {
+  static std::vector<int64_t> reached(const Meetings &rows, int64_t met_height) {
     std::vector<int64_t> found;
     int64_t reached = 0;
     for (const auto &met : rows) {
       if (!met.empty()) reached = std::max(reached, met.back().place + 1);
       found.push_back(reached);
     }
+    found.push_back(met_height + (found.empty() ? 0 : found[0]));
     return found;
   }
 
-  static std::vector<Run> runs(const Meetings &columns, int64_t step, int64_t met_step) {
+  std::vector<Run> runs(const Meetings &columns, int64_t step, int64_t met_step) const {
     const int64_t count = columns.size();
     std::vector<Run> found;
     for (int64_t phase = 0; phase < std::min(step, count); phase++)
@@ -174,37 +182,118 @@ template <typename Pixel, bool fetches> class Pixels {
         const int64_t length = (next - first) / step, parts = (length + TOGETHER - 1) / TOGETHER;
         for (int64_t p = 0; p < parts; p++) {  // as equal as can be
           const int64_t begin = length * p / parts, end = length * (p + 1) / parts, column = first + begin * step;
-          found.push_back({column, end - begin, columns[column]});
+          found.push_back(run(column, end - begin, columns[column], met_step));
         }
       }
     return found;
   }
 
-  // Call with each row of a side, its runs, and each vector.
-  template <typename Each, typename Function>
-  void for_runs(const Pixel *from, const Side &side, const Pixel *of, Each each, Function function) const {
-    for (size_t r = 0; r < side.rows.size(); r++)
-      for (const Run &run : side.runs)
-        for (int64_t v = 0; v < vectors; v++) {
-          each();
-          if (fetches) fetch_run(from + first[v], side, of + first[v], r + 1, run);
-          with_constant<TOGETHER>(run.count, [&](auto count) { function(count, r, run, v); });
+  Run run(int64_t first, int64_t count, const std::vector<Meeting> &meetings, int64_t met_step) const {
+    Run run = {first, count, 1, Met(meetings, pitch, channels), 0, 0};
+    if (meetings.empty()) return run;
+    run.fetched = meetings[0].place, run.fetched_end = std::min(run.fetched + met_step, meetings.back().place + 1);
+    const bool shares = count > 1 && run.met.place_step == met_step * channels;
+    for (int64_t i = 0; shares && i < int64_t(std::size(CHAINS)); i++)
+      if (run.met.count % CHAINS[i] == 0) run.chains = i + 1;
+    return run;
+  }
+
+  // Of a run of a row: what it meets, how far its pixels, and those that they meet with one weight, are from each other,
+  // and what is to be fetched: the run of the next row, which may be the next sample's, and what that is the first one
+  // to meet, some rows of some columns.
+  struct Work {
+    Met row, column;
+    int64_t step, met_step, channels, vectors, next, met, rows, row_step, columns;
+  };
+
+  // Call with each run of some rows of a side, and where its first pixel lies in maps that are so wide.
+  template <typename Function>
+  void for_runs(const Side &side, Rows rows, int64_t width, Function function) const {
+    for (int64_t r = rows.first; r < rows.last; r++)
+      for (const Run &run : side.runs) {
+        const int64_t reached = side.reached[r], met = (reached * side.met_width + run.fetched) * channels;
+        const Work work = {side.rows[r], run.met, side.step * channels, side.met_step * channels, channels, vectors,
+                           width * channels, met, side.reached[r + 1] - reached, side.met_width * channels,
+                           run.fetched_end - run.fetched};
+        with_constant<TOGETHER>(run.count, [&](auto count) {
+          with_constant<std::size(CHAINS)>(run.chains, [&](auto chains) {
+            constexpr std::integral_constant<int, CHAINS[chains - 1]> chain;
+            function(count, chain, (r * width + run.first) * channels, work);
+          });
+        });
+      }
+  }
+
+  // For each kind of run a function of its own, with numbers of its own, since what is stored might change others: so
+  // the compiler has registers for all.
+  template <int count, int chain, typename Each>
+  __attribute__((noinline)) static void add_up_run(const Work &work, const Pixel *from, const Number *kernel, Pixel *to,
+                                                   Each each) {
+    const Work w = work;
+    for_vectors<count>(w, from, to, each, [&](int64_t weight, int64_t channel) __attribute__((always_inline)) {
+      Vector sum[count] = {};
+      const auto add = [&](const Pixel *pixel, const Number *weight) __attribute__((always_inline)) {
+        Vector met[count + chain - 1];
+        for (int i = 0; i < count + chain - 1; i++) met[i] = load(pixel + i * w.met_step), keep(met[i]);
+        for (int c = 0; c < chain; c++) {
+          const Vector of = load(weight + c * w.column.weight_step);
+          for (int i = 0; i < count; i++) sum[i] += of * met[i + c];
         }
+      };
+      for_chains<chain>(w, from + channel, kernel + weight, add);
+      for (int i = 0; i < count; i++) store(sum[i], to + channel + i * w.step);
+    });
   }
 
-  // Let the cache fetch a run of a row, which may be the next sample's, and what it is the first one to meet.
-  ALWAYS_INLINE void fetch_run(const Pixel *from, const Side &side, const Pixel *of, int64_t row,
-                               const Run &run) const {
-    fetch_pixels(of, row * side.width + run.first, run.count, side.step);
-    if (run.met.empty()) return;
-    const int64_t begin = run.met[0].place, end = std::min(begin + side.met_step, run.met.back().place + 1);
-    for (int64_t place = side.reach(row - 1); place < side.reach(row); place++)
-      for (int64_t p = begin; p < end; p++)
-        fetch_pixels(from, place * side.met_width + p, run.count, side.met_step);
+  template <int count, int chain, typename Each>
+  __attribute__((noinline)) static void multiply_run(const Work &work, const Pixel *map, const Pixel *grad,
+                                                     Number *kernel, Each each) {
+    const Work w = work;
+    for_vectors<count>(w, map, grad, each, [&](int64_t weight, int64_t channel) __attribute__((always_inline)) {
+      Vector of[count];
+      for (int i = 0; i < count; i++) of[i] = load(grad + channel + i * w.step);
+      const auto add = [&](const Pixel *pixel, Number *weight) __attribute__((always_inline)) {
+        Vector met[count + chain - 1];
+        for (int i = 0; i < count + chain - 1; i++) met[i] = load(pixel + i * w.met_step);
+        for (int c = 0; c < chain; c++) {
+          Number *const sum = weight + c * w.column.weight_step;
+          Vector total = load(sum);
+          for (int i = 0; i < count; i++) total += of[i] * met[i + c];
+          store(total, sum);
+        }
+      };
+      for_chains<chain>(w, map + channel, kernel + weight, add);
+    });
   }
 
-  ALWAYS_INLINE void fetch_pixels(const Pixel *map, int64_t first, int64_t count, int64_t step) const {
-    for (int64_t i = 0; i < count; i++) fetch(map, (first + i * step) * channels);
+  // Call with where each vector's weights begin, and its first channel.
+  template <int count, typename Each, typename Function>
+  ALWAYS_INLINE static void for_vectors(const Work &work, const Pixel *from, const Pixel *of, Each each,
+                                        Function function) {
+    for (int64_t v = 0; v < work.vectors; v++) {
+      const int64_t channel = std::min(v * LANES, work.channels - LANES);
+      each();
+      if (fetches) fetch_run<count>(work, from + channel, of + channel);
+      function(v * LANES, channel);
+    }
+  }
+
+  // Call with where the pixels and weights of each chain begin.
+  template <int chain, typename Weight, typename Function>
+  ALWAYS_INLINE static void for_chains(const Work &work, const Pixel *pixels, Weight *weights, Function function) {
+    const Met &row = work.row, &column = work.column;
+    pixels += row.place + column.place, weights += row.weight + column.weight;
+    for (int64_t i = 0; i < row.count; i++, pixels += row.place_step, weights += row.weight_step)
+      for (int64_t j = 0; j < column.count; j += chain)
+        function(pixels + j * column.place_step, weights + j * column.weight_step);
+  }
+
+  template <int count> ALWAYS_INLINE static void fetch_run(const Work &work, const Pixel *from, const Pixel *of) {
+    for (int i = 0; i < count; i++) fetch(of, work.next + i * work.step);
+    for (int64_t r = 0; r < work.rows; r++)
+      for (int64_t c = 0; c < work.columns; c++)
+        for (int i = 0; i < count; i++)
+          fetch(from, work.met + r * work.row_step + c * work.channels + i * work.met_step);
   }
 };
 

@@ -90,6 +90,14 @@ template <> struct Computed<BFloat16> { using Number = float; };
 // What only fetches: the compiler takes a call that is left for one without an effect.
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
+// Have a vector that is multiplied several times loaded once: the compiler would rather load it each time, from as many
+// addresses.
+template <typename Vector> ALWAYS_INLINE void keep(Vector &vector) {
+#ifdef __x86_64__
+  asm("" : "+v"(vector));
+#endif
+}
+
 // Let the cache fetch what lies so many pixels further: by number, since it may be beyond the end.
 template <typename Pixel> ALWAYS_INLINE void fetch(const Pixel *from, int64_t ahead) {
   __builtin_prefetch((const void *)(uintptr_t(from) + ahead * sizeof(Pixel)), 0, 2);

@@ -62,9 +62,9 @@ SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 ker
 @pytest.fixture(params=["together", "one by one"])
 def _planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute planes of any size together, and one by one."""
-    most = 1 << 20 if request.param == "together" else 0
-    monkeypatch.setattr(depthwise, "MOST_TOGETHER", dict.fromkeys(depthwise.DTYPES, most))
-    monkeypatch.setattr(depthwise, "LEAST_TOGETHER", 1 << 20)  # with a stride too
+    monkeypatch.setattr(depthwise, "MOST_OF_FEW_TOGETHER", 1 << 20 if request.param == "together" else 0)
+    for name in ("LEAST_TOGETHER", "LEAST_TOGETHER_WITH_STRIDE"):
+        monkeypatch.setattr(depthwise, name, 1 << 20)
     monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
 
 
@@ -532,10 +532,10 @@ def test_what_it_serves(size: int) -> None:
 
 
 def test_maps_are_not_taken_apart_into_pixels() -> None:
-    geometry = Geometry((64, 64), (0, 0), (1, 1), 4096)
-    assert not serves((1, 4096, 64, 64), (4096, 1, 64, 64), geometry, torch.float32)
-    assert serves((1, 4096, 64, 64), (4096, 1, 64, 64), geometry, torch.bfloat16)
-    assert serves((1, 4096, 36, 36), (4096, 1, 36, 36), geometry._replace(stride=(36, 36)), torch.float32)
+    geometry = Geometry((96, 96), (0, 0), (1, 1), 4096)
+    assert not serves((1, 4096, 96, 96), (4096, 1, 96, 96), geometry, torch.float32)
+    assert serves((1, 4096, 96, 96), (4096, 1, 96, 96), geometry, torch.bfloat16)
+    assert serves((1, 4096, 64, 64), (4096, 1, 64, 64), geometry._replace(stride=(64, 64)), torch.float32)
 
 
 class TestCompiling:
