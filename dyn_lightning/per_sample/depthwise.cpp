@@ -264,7 +264,7 @@ template <typename Pixel> class SampleBySample {
   void forward(Pixel *output, const Pixel *input, const Pixel *kernels) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernel(numbers);
+      Buffer<Number> kernel(numbers);
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
         lay_out(kernels + s * z.channels * weights, kernel.data());
@@ -278,7 +278,7 @@ template <typename Pixel> class SampleBySample {
                 Pixel *kernels_grad) const {
 #pragma omp parallel num_threads(z.threads)
     {
-      std::vector<Number> kernel(numbers), kernel_grad(numbers);
+      Buffer<Number> kernel(numbers), kernel_grad(numbers);
 #pragma omp for
       for (int64_t s = 0; s < z.samples; s++) {
         const Pixel *map = input + s * inputs, *map_grad = grad + s * outputs;
@@ -327,11 +327,11 @@ template <typename Pixel> class PlanesTogether {
   const std::vector<int64_t> of_output = places(z.rows, z.columns, pixels.input);
 
   struct Maps {
-    std::vector<Number> input, output, kernel, result;
+    Buffer<Number> input, output, kernel, result;
   };
   Maps maps() const {
-    return {std::vector<Number>(pixels.output.room() * LANES), std::vector<Number>(pixels.input.room() * LANES),
-            std::vector<Number>(weights * LANES), std::vector<Number>(std::max(inputs, outputs) * LANES)};
+    return {Buffer<Number>(pixels.output.room() * LANES), Buffer<Number>(pixels.input.room() * LANES),
+            Buffer<Number>(weights * LANES), Buffer<Number>(std::max(inputs, outputs) * LANES)};
   }
 
  public:
@@ -403,18 +403,18 @@ template <typename Pixel> class PlanesTogether {
     return [of = places.data()](int64_t pixel) { return of[pixel]; };
   }
 
-  template <typename Side> static const Number *met(const std::vector<Number> &map, const Side &side) {
+  template <typename Side> static const Number *met(const Buffer<Number> &map, const Side &side) {
     return map.data() + side.front * LANES;
   }
 
   // Turn some planes, or back.
   template <typename Place, typename Each>
-  static void take(const Pixel *planes, int64_t length, int64_t count, std::vector<Number> &to, Place place,
+  static void take(const Pixel *planes, int64_t length, int64_t count, Buffer<Number> &to, Place place,
                    Each each) {
     transpose(planes, length, count, length, to.data(), LANES, 0, place, each);
   }
   template <typename Each>
-  static void give(const std::vector<Number> &from, int64_t length, int64_t count, Pixel *planes, Each each) {
+  static void give(const Buffer<Number> &from, int64_t length, int64_t count, Pixel *planes, Each each) {
     transpose(from.data(), LANES, length, count, planes, length, 0, InOrder(), each);
   }
 };

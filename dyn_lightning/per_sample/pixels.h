@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <type_traits>
 #include <vector>
 
@@ -24,8 +23,7 @@ struct Sizes {  // in the order in which Python gives them
 template <typename Pixel, bool fetches> class Pixels {
   using Number = typename Computed<Pixel>::Number;
   static constexpr int LANES = ::LANES<Number>;
-  static constexpr int TOGETHER = 8;             // columns of a run
-  static constexpr int CHAINS[] = {1, 2, 3, 5};  // weights of a chain
+  static constexpr int TOGETHER = 8, CHAIN = 3;  // columns of a run, and weights of a chain
   using Vector = ::Vector<Number>;
 
   struct Meeting {
@@ -68,12 +66,13 @@ template <typename Pixel, bool fetches> class Pixels {
     }
   };
 
-  // Columns, `step` apart, that meet the same weights, at places `met_step` apart, and what the first one meets: chains,
-  // of whose weights what a column meets with one is what the column before it meets with the next.
+  // Columns, `step` apart, that meet the same weights, at places `met_step` apart, and what the first one meets: maybe
+  // in chains, of whose weights what a column meets with one is what the column before it meets with the next.
   struct Run {
-    int64_t first, count, chains;  // which of CHAINS, from 1 on
+    int64_t first, count;
     Met met;
-    int64_t fetched, fetched_end;  // columns of the other side from which on, `met_step` apart, the run fetches as many
+    bool has_chains;
+    int64_t begin, end;  // columns of the other side from which on, `met_step` apart, the run fetches as many
   };
 
   struct Rows {
@@ -189,18 +188,16 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   Run run(int64_t first, int64_t count, const std::vector<Meeting> &meetings, int64_t met_step) const {
-    Run run = {first, count, 1, Met(meetings, pitch, channels), 0, 0};
-    if (meetings.empty()) return run;
-    run.fetched = meetings[0].place, run.fetched_end = std::min(run.fetched + met_step, meetings.back().place + 1);
-    const bool shares = count > 1 && run.met.place_step == met_step * channels;
-    for (int64_t i = 0; shares && i < int64_t(std::size(CHAINS)); i++)
-      if (run.met.count % CHAINS[i] == 0) run.chains = i + 1;
-    return run;
+    const Met met(meetings, pitch, channels);
+    const bool has_chains = count > 1 && met.count % CHAIN == 0 && met.place_step == met_step * channels;
+    if (meetings.empty()) return {first, count, met, false, 0, 0};
+    const int64_t begin = meetings[0].place, end = std::min(begin + met_step, meetings.back().place + 1);
+    return {first, count, met, has_chains, begin, end};
   }
 
-  // Of a run of a row: what it meets, how far its pixels, and those that they meet with one weight, are from each other,
-  // and what is to be fetched: the run of the next row, which may be the next sample's, and what that is the first one
-  // to meet, some rows of some columns.
+  // Of a run of a row: what it meets, how far its pixels, and those that they meet with one weight, are from each
+  // other, and what is to be fetched: the run of the next row, which may be the next sample's, and what that is the
+  // first one to meet, some rows of some columns.
   struct Work {
     Met row, column;
     int64_t step, met_step, channels, vectors, next, met, rows, row_step, columns;
@@ -211,24 +208,23 @@ template <typename Pixel, bool fetches> class Pixels {
   void for_runs(const Side &side, Rows rows, int64_t width, Function function) const {
     for (int64_t r = rows.first; r < rows.last; r++)
       for (const Run &run : side.runs) {
-        const int64_t reached = side.reached[r], met = (reached * side.met_width + run.fetched) * channels;
+        const int64_t reached = side.reached[r], met = (reached * side.met_width + run.begin) * channels;
         const Work work = {side.rows[r], run.met, side.step * channels, side.met_step * channels, channels, vectors,
                            width * channels, met, side.reached[r + 1] - reached, side.met_width * channels,
-                           run.fetched_end - run.fetched};
+                           run.end - run.begin};
+        const int64_t pixel = (r * width + run.first) * channels;
         with_constant<TOGETHER>(run.count, [&](auto count) {
-          with_constant<std::size(CHAINS)>(run.chains, [&](auto chains) {
-            constexpr std::integral_constant<int, CHAINS[chains - 1]> chain;
-            function(count, chain, (r * width + run.first) * channels, work);
-          });
+          if (run.has_chains) return function(count, std::integral_constant<int, CHAIN>(), pixel, work);
+          function(count, std::integral_constant<int, 1>(), pixel, work);
         });
       }
   }
 
-  // For each kind of run a function of its own, with numbers of its own, since what is stored might change others: so
-  // the compiler has registers for all.
+  // For each kind of run a function of its own, with numbers of its own (what is stored might change others): so the
+  // compiler has registers for all.
   template <int count, int chain, typename Each>
-  __attribute__((noinline)) static void add_up_run(const Work &work, const Pixel *from, const Number *kernel, Pixel *to,
-                                                   Each each) {
+  __attribute__((noinline)) static void add_up_run(const Work &work, const Pixel *from, const Number *kernel,
+                                                   Pixel *to, Each each) {
     const Work w = work;
     for_vectors<count>(w, from, to, each, [&](int64_t weight, int64_t channel) __attribute__((always_inline)) {
       Vector sum[count] = {};

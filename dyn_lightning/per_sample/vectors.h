@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -26,6 +28,18 @@ template <typename Number, int bytes = BYTES> struct Vectors {
   typedef Number Unaligned __attribute__((vector_size(bytes), aligned(sizeof(Number)), may_alias));
 };
 template <typename Number, int bytes = BYTES> using Vector = typename Vectors<Number, bytes>::Vector;
+
+// Memory that begins with a line of the cache, or each vector would lie in two.
+template <typename Number> struct InLines {
+  using value_type = Number;
+  InLines() = default;
+  template <typename Other> InLines(const InLines<Other> &) {}
+  Number *allocate(size_t count) { return (Number *)::operator new(count * sizeof(Number), std::align_val_t(64)); }
+  void deallocate(Number *memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  bool operator==(const InLines &) const { return true; }
+  bool operator!=(const InLines &) const { return false; }
+};
+template <typename Number> using Buffer = std::vector<Number, InLines<Number>>;
 
 template <typename Number> using IfNumber = std::enable_if_t<std::is_arithmetic<Number>::value>;
 
