@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dyn_lightning.checks import check_batched, check_count
+from dyn_lightning.per_sample.tracing import without_autocast
 from dyn_lightning.protocols import Routed, named_layers
 
 
@@ -40,7 +41,7 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        return torch.sigmoid(_at_least_float32(self.fc(pooled(x))))
+        return torch.sigmoid(_logits(x, *_layers(self.fc)))
 
     def constant_(self) -> Tensor:
         """Make the weights the same for every image, and give them, ``(K,)``."""
@@ -63,7 +64,7 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        return torch.softmax(_at_least_float32(self.fc(pooled(x))), dim=1)
+        return torch.softmax(_logits(x, *_layers(self.fc)), dim=1)
 
     def constant_(self) -> Tensor:
         """Make the weights the same for every image, and give them, ``(K,)``."""
@@ -116,9 +117,24 @@ def _perceptron(in_channels: int, num_experts: int, hidden: float) -> nn.Module:
     return nn.Sequential(nn.Linear(in_channels, units), nn.ReLU(), nn.Linear(units, num_experts))
 
 
+def _logits(x: Tensor, *layers: Any) -> Tensor:
+    """Apply the layers of a perceptron to a pooled feature map, in at least float32 at the end; under autocast in their
+    own precision, since their products are so small that to cast their weights takes longer than it saves.
+    """
+    with without_autocast(x):
+        y = pooled(x).to(layers[0].weight.dtype)
+        for layer in layers:
+            y = layer(y)
+        return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def _layers(fc: nn.Module) -> Sequence[Any]:
+    return [fc] if isinstance(fc, nn.Linear) else list(fc)  # type: ignore[call-overload]
+
+
 def _zero_last_weight_(fc: nn.Module) -> Tensor:
     """Make a perceptron's output the same for every input, and give it."""
-    last: Any = fc if isinstance(fc, nn.Linear) else fc[-1]  # type: ignore[index]
+    last = _layers(fc)[-1]
     nn.init.zeros_(last.weight)
     return last.bias.detach()
 
@@ -158,8 +174,8 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        logits = self.fc2(torch.relu(self.fc1(pooled(x))))
-        return torch.softmax(_at_least_float32(logits) / self.temperature, dim=1)
+        logits = _logits(x, self.fc1, torch.relu, self.fc2)
+        return torch.softmax(logits / self.temperature, dim=1)
 
     def set_temperature(self, value: float) -> None:
         """Set the softmax temperature.
@@ -375,7 +391,3 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Any]], prepend: bool = False) -> It
         for router, hook in hooks:
             stack.callback(router.register_forward_hook(hook, prepend=prepend).remove)
         yield
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dyn_lightning.layers import CondConv2d, DynamicConv2d
-from dyn_lightning.routing import SigmoidRouter, SoftmaxAttention, aggregation, named_routers, watch
+from dyn_lightning.routing import SigmoidRouter, SoftmaxAttention, SoftmaxRouter, aggregation, named_routers, watch
 from tests.tolerances import assert_close
 
 MODES = ["attention", "average", "max", "shuffle_per_image", "shuffle_across_images"]
@@ -97,12 +97,15 @@ class TestRouters:
     def test_hidden_units_are_rounded_and_at_least_one(self, reduction: float, hidden: int) -> None:
         assert SoftmaxAttention(10, 3, reduction).fc1.weight.shape == (hidden, 10)
 
-    @pytest.mark.parametrize("router", [SigmoidRouter(4, 3), SoftmaxAttention(4, 3, temperature=1)])
+    @pytest.mark.parametrize(
+        "router", [SigmoidRouter(4, 3), SoftmaxRouter(4, 3, hidden=2), SoftmaxAttention(4, 3, temperature=1)]
+    )
     def test_float32_under_autocast(self, router: nn.Module, images: Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            weights = router(images)
-        assert weights.dtype == torch.float32
-        assert_close(weights, router(images), torch.bfloat16)
+            weights, of_bfloat16 = router(images), router(images.bfloat16())
+        assert weights.dtype == of_bfloat16.dtype == torch.float32
+        assert torch.equal(weights, router(images))
+        assert_close(of_bfloat16, weights, torch.bfloat16)
 
     def test_softmax_rows_sum_to_one_in_bfloat16(self, images: Tensor) -> None:
         weights = SoftmaxAttention(4, 50, temperature=1).bfloat16()(images.bfloat16())

@@ -1,7 +1,6 @@
 """DO-Conv: Depthwise Over-parameterized Convolutional Layer (Cao et al., IEEE TIP 2022), arXiv 2006.12030."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from dyn_lightning.checks import Pair, as_geometry, check_channels, check_count
 from dyn_lightning.conv2d import conv2d_arguments, conv2d_repr, copy_bias_
+from dyn_lightning.per_sample.tracing import without_autocast
 
 
 class DOConv2d(nn.Module):
@@ -95,8 +95,7 @@ class DOConv2d(nn.Module):
         identity = F.pad(identity, (0, elements % area))
         D = (identity + self.D).unflatten(0, (self.groups, -1))
         W = self.W.unflatten(0, (self.groups, -1))
-        # A kernel is composed in full precision. A layer without data ("meta") knows no autocast.
-        with nullcontext() if W.is_meta else torch.autocast(W.device.type, enabled=False):
+        with without_autocast(W):  # a kernel is composed in full precision
             return torch.einsum("gims,gois->goim", D, W).flatten(0, 1).unflatten(2, self.kernel_size)
 
     @torch.no_grad()

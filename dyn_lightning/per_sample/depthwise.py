@@ -100,11 +100,9 @@ def backward(
 
 def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
     planes, pixels = math.prod(input[:2]), math.prod(input[2:])
-    if geometry.stride == (1, 1):
-        least, most = LEAST_TOGETHER, MOST_TOGETHER[dtype]
-    else:
-        least, most = LEAST_TOGETHER_WITH_STRIDE, MOST_TOGETHER_WITH_STRIDE[dtype]
-    return pixels <= (MOST_OF_FEW_TOGETHER if planes < least else most)
+    if planes < (LEAST_TOGETHER if geometry.stride == (1, 1) else LEAST_TOGETHER_WITH_STRIDE):
+        return pixels <= MOST_OF_FEW_TOGETHER
+    return pixels <= (MOST_TOGETHER if geometry.stride == (1, 1) else MOST_TOGETHER_WITH_STRIDE)[dtype]
 
 
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:

@@ -31,13 +31,16 @@ def mix_kernels(routing: Tensor, weight: Tensor) -> Tensor:
 
 
 def multiply_each(input: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: a matrix product with the unfolded sample."""
+    """Convolve sample b of ``(B, C_in, H, W)`` with ``kernels[b]``: matrix products with the unfolded sample."""
     batch, out_channels = kernels.shape[:2]
     patches, products = unfolded(input, kernels.shape[3:], geometry), batch * geometry.groups
     matrices = kernels.reshape(products, out_channels // geometry.groups, -1)
     patches = patches.reshape(products, matrices.shape[2], -1)
-    size = positions(input.shape, kernels.shape, geometry)
-    return torch.bmm(matrices, side_by_side(patches)).view(batch, out_channels, *size)
+    if math.prod(kernels.shape[1:]) == geometry.groups:  # numbers, whose products `bmm` would sum up one by one
+        outputs = matrices * patches
+    else:
+        outputs = torch.bmm(matrices, side_by_side(patches))
+    return outputs.view(batch, out_channels, *positions(input.shape, kernels.shape, geometry))
 
 
 def grouped(input: Tensor, routing: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -1,7 +1,6 @@
 """Methods with a backward pass of their own, as operations that a compiler does not look into."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyn_lightning.per_sample.geometry import Geometry
-from dyn_lightning.per_sample.tracing import autocasts, is_transformed, is_watched
+from dyn_lightning.per_sample.tracing import is_transformed, is_watched, without_autocast
 
 Numbers = list[int]
 LIBRARY = torch.library.Library("dyn_lightning", "FRAGMENT")
@@ -43,13 +42,14 @@ def operation(
     count = len(tensors)
     takes = f"{', '.join(f'Tensor {tensor}' for tensor in tensors)}, SymInt[] numbers"
 
+    # What an operation takes was cast before, and autocast may be on backward alone.
     def compute(*arguments: Any) -> Tensor:
-        with _as_it_is(arguments[0]):
+        with without_autocast(arguments[0]):
             return forward(*arguments[:-1], *_unpacked(arguments[-1]))
 
     def compute_backward(*arguments: Any) -> list[Tensor]:
         *given, numbers, needed = arguments
-        with _as_it_is(given[0]):
+        with without_autocast(given[0]):
             gradients = backward(*given, *_unpacked(numbers), needed)
         wanted = [tensor for tensor, need in zip(given[1:], needed, strict=True) if need]
         return [_laid_out_as(of, gradient) for of, gradient in zip(wanted, gradients, strict=True)]
@@ -73,7 +73,7 @@ def operation(
         needed, again = list(ctx.needs_input_grad[:count]), torch.is_grad_enabled()
         batched = not torch.compiler.is_compiling() and (is_transformed() or is_legacy_batchedtensor(grad))
         if again or batched:  # second derivatives, or gradients of several cotangents at once
-            with torch.enable_grad(), _as_it_is(grad):
+            with torch.enable_grad(), without_autocast(grad):
                 # Views, since what is saved may depend on each other: routing on the input.
                 views = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
                 wanted = [tensor for tensor, need in zip(views, needed, strict=True) if need]
@@ -134,12 +134,6 @@ def _count_flops(name: str, count: int, multiply_adds: Callable[..., tuple[int, 
 
     register_flop_formula(getattr(torch.ops.dyn_lightning, name))(flops)
     register_flop_formula(getattr(torch.ops.dyn_lightning, f"{name}_backward"))(backward_flops)
-
-
-def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Let autocast cast nothing: what an operation takes was cast before, and autocast may be on backward alone."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _laid_out_as(of: Tensor, gradient: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -76,6 +77,12 @@ PLAIN, TYPES = _plain(), (Tensor, torch.nn.Parameter)
 def autocasts(device: str) -> bool:
     """Tell whether autocast is on for a type of device; to ask for the device meta would be an error."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Let autocast cast nothing on a tensor's device, if it is on."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def in_function_transform() -> bool:

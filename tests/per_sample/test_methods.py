@@ -53,6 +53,18 @@ def test_a_product_copies_neither_maps_nor_mixed_kernels(layout: torch.memory_fo
     assert max(copied.numbers, default=0) <= weight.numel() < min(input.numel(), 9 * 16 * 8)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"padding": (1, 2)}])
+def test_one_weight_a_channel_is_multiplied_as_a_number(layout: torch.memory_format, geometry: dict[str, Any]) -> None:
+    """In bfloat16 products of matrices of one number each take ten times as long."""
+    shapes = (5, 4, 3, 2), (5, 3), (3, 4, 1, 1, 1)
+    x, *tensors = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    leaves = tuple(tensor.requires_grad_() for tensor in (x.to(memory_format=layout), *tensors))
+    with torch.autograd.profiler.profile() as profile:
+        assert_equals_the_loop(leaves, "matmul", groups=4, **geometry)
+    assert "aten::bmm" not in {event.name for event in profile.function_events}
+
+
 @pytest.mark.parametrize("method", ["grouped", "matmul", "mixture", "chunked"])
 @pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (8, 3), (1, 1), (2, 1)])
 def test_one_image_in_channels_last_has_torchs_strides(method: str, groups: int, kernel: int) -> None:
