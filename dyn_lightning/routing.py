@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dyn_lightning.checks import check_batched, check_count
-from dyn_lightning.per_sample.tracing import without_autocast
+from dyn_lightning.per_sample.tracing import autocasts
 from dyn_lightning.protocols import Routed, named_layers
 
 
@@ -41,7 +41,7 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        return torch.sigmoid(_logits(x, *_layers(self.fc)))
+        return torch.sigmoid(_logits(x, self.fc, self))
 
     def constant_(self) -> Tensor:
         """Make the weights the same for every image, and give them, ``(K,)``."""
@@ -64,7 +64,7 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        return torch.softmax(_logits(x, *_layers(self.fc)), dim=1)
+        return torch.softmax(_logits(x, self.fc, self), dim=1)
 
     def constant_(self) -> Tensor:
         """Make the weights the same for every image, and give them, ``(K,)``."""
@@ -117,24 +117,24 @@ def _perceptron(in_channels: int, num_experts: int, hidden: float) -> nn.Module:
     return nn.Sequential(nn.Linear(in_channels, units), nn.ReLU(), nn.Linear(units, num_experts))
 
 
-def _logits(x: Tensor, *layers: Any) -> Tensor:
-    """Apply the layers of a perceptron to a pooled feature map, in at least float32 at the end; under autocast in their
-    own precision, since their products are so small that to cast their weights takes longer than it saves.
+def _logits(x: Tensor, perceptron: Callable[[Tensor], Tensor], router: nn.Module) -> Tensor:
+    """Apply a router's perceptron to a pooled feature map; what it gives is at least float32.
+
+    Under autocast it computes in its weights' type: its products are so small that to cast these takes longer than it
+    saves.
     """
-    with without_autocast(x):
-        y = pooled(x).to(layers[0].weight.dtype)
-        for layer in layers:
-            y = layer(y)
-        return y.to(torch.promote_types(y.dtype, torch.float32))
-
-
-def _layers(fc: nn.Module) -> Sequence[Any]:
-    return [fc] if isinstance(fc, nn.Linear) else list(fc)  # type: ignore[call-overload]
+    features, device = pooled(x), x.device.type
+    if autocasts(device) and (weight := next(router.parameters(), features)).is_floating_point():  # not quantized
+        with torch.autocast(device, enabled=False):
+            logits = perceptron(features.to(weight.dtype))
+    else:
+        logits = perceptron(features)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _zero_last_weight_(fc: nn.Module) -> Tensor:
     """Make a perceptron's output the same for every input, and give it."""
-    last = _layers(fc)[-1]
+    last: Any = fc if isinstance(fc, nn.Linear) else fc[-1]  # type: ignore[index]
     nn.init.zeros_(last.weight)
     return last.bias.detach()
 
@@ -174,7 +174,7 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the routing weights of each sample."""
-        logits = _logits(x, self.fc1, torch.relu, self.fc2)
+        logits = _logits(x, lambda features: self.fc2(torch.relu(self.fc1(features))), self)
         return torch.softmax(logits / self.temperature, dim=1)
 
     def set_temperature(self, value: float) -> None:

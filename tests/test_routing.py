@@ -107,6 +107,18 @@ class TestRouters:
         assert torch.equal(weights, router(images))
         assert_close(of_bfloat16, weights, torch.bfloat16)
 
+    def test_types_without_autocast(self, images: Tensor) -> None:
+        with pytest.raises(RuntimeError, match="dtype"):
+            SigmoidRouter(4, 3)(images.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert SoftmaxAttention(4, 3).bfloat16()(images).dtype == torch.float32
+
+    def test_compiles_under_autocast(self, images: Tensor) -> None:
+        router = SoftmaxAttention(4, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled = torch.compile(router, fullgraph=True)(images.bfloat16())
+            assert_close(compiled, router(images.bfloat16()), torch.bfloat16)
+
     def test_softmax_rows_sum_to_one_in_bfloat16(self, images: Tensor) -> None:
         weights = SoftmaxAttention(4, 50, temperature=1).bfloat16()(images.bfloat16())
         assert_close(weights.sum(1), torch.ones(3))

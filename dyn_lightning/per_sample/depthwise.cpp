@@ -284,13 +284,12 @@ template <typename Pixel> class SampleBySample {
         const Pixel *map = input + s * inputs, *map_grad = grad + s * outputs;
         std::fill(kernel_grad.begin(), kernel_grad.end(), Number(0));
         if (input_grad) lay_out(kernels + s * z.channels * weights, kernel.data());
-        // Both are given what a row of the gradient brings while it is near.
         int64_t given = 0;
-        for (int64_t r = 0; r < z.rows; r++) {
-          if (kernels_grad) pixels.multiply(map, map_grad, {r, r + 1}, kernel_grad.data());
-          if (!input_grad) continue;
+        for (int64_t r = 0; r <= z.rows; r++) {
+          if (kernels_grad && r < z.rows) pixels.multiply(map, map_grad, {r, r + 1}, kernel_grad.data());
+          // Rows of the input that meet no later ones of the gradient, while these are near.
           const int64_t first = given;
-          while (given < z.height && pixels.input.reached[given] <= r + 1) given++;
+          while (input_grad && given < z.height && pixels.input.reached[given] <= r + 1) given++;
           pixels.add_up(map_grad, pixels.input, {first, given}, kernel.data(), input_grad + s * inputs);
         }
         if (kernels_grad) lay_back(kernel_grad.data(), kernels_grad + s * z.channels * weights);

@@ -22,12 +22,11 @@ from dyn_lightning.per_sample.tracing import remembered
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_COLUMNS = 3  # of kernels with a fast gradient in torch
 # Pixels of a map up to which as many planes at once as a vector has lanes, turned to lie side by side, take less time
-# than one by one: they are to fit into near caches. With a stride, one plane has to be taken apart. If there are fewer
-# planes than ten times as many as the widest vector has lanes for each of two threads, with a stride five times, they
-# are not worth it but where they are small.
+# than one by one: they are to fit into near caches. With a stride, one plane has to be taken apart. If a thread has
+# fewer planes than these, ten or five vectors of 16 lanes, that holds of small ones alone.
 MOST_TOGETHER = {torch.float32: 2000, torch.bfloat16: 2000, torch.float64: 900}
 MOST_TOGETHER_WITH_STRIDE = {torch.float32: 6400, torch.bfloat16: math.inf, torch.float64: 6400}
-LEAST_TOGETHER, LEAST_TOGETHER_WITH_STRIDE = 320, 160
+LEAST_TOGETHER, LEAST_TOGETHER_WITH_STRIDE = 160, 80
 MOST_OF_FEW_TOGETHER = 200
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
 # to lay it out, in time and memory.
@@ -99,7 +98,7 @@ def backward(
 
 
 def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
-    planes, pixels = math.prod(input[:2]), math.prod(input[2:])
+    planes, pixels = math.prod(input[:2]) / torch.get_num_threads(), math.prod(input[2:])
     if planes < (LEAST_TOGETHER if geometry.stride == (1, 1) else LEAST_TOGETHER_WITH_STRIDE):
         return pixels <= MOST_OF_FEW_TOGETHER
     return pixels <= (MOST_TOGETHER if geometry.stride == (1, 1) else MOST_TOGETHER_WITH_STRIDE)[dtype]

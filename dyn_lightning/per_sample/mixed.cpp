@@ -72,7 +72,8 @@ template <typename Number> class Mixed {
 #pragma omp for collapse(2)
       for (size_t b = 0; b < blocks.size(); b++)
         for (int64_t k = 0; k < z.kernels; k++) order(weight, k, blocks[b], false, ordered);
-#pragma omp for collapse(3)
+      // In turn, so that threads read the same pixels at about the same time, and fetch parts of them for each other.
+#pragma omp for collapse(3) schedule(static, 1)
       for (int64_t part = 0; part < z.parts; part++)
         for (size_t d = 0; d < depths.size(); d++)
           for (size_t b = 0; b < blocks.size(); b++) {

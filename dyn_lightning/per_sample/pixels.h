@@ -66,13 +66,19 @@ template <typename Pixel, bool fetches> class Pixels {
     }
   };
 
-  // Columns, `step` apart, that meet the same weights, at places `met_step` apart, and what the first one meets: maybe
-  // in chains, of whose weights what a column meets with one is what the column before it meets with the next.
+  // Columns, `step` apart, that meet the same weights, at places `met_step` apart, and what the first one meets. With
+  // the weights of a chain, what a column meets with one is what the column before it meets with the next.
   struct Run {
     int64_t first, count;
     Met met;
     bool has_chains;
-    int64_t begin, end;  // columns of the other side from which on, `met_step` apart, the run fetches as many
+    int64_t begin, end;  // columns of the other side that its first one is the first to meet
+
+    // Vectors that are loaded for a row of the kernel: weights, and what they are multiplied with.
+    int64_t loads() const {
+      const int64_t chain = has_chains ? CHAIN : 1;
+      return met.count / chain * (2 * chain - 1 + count);
+    }
   };
 
   struct Rows {
@@ -129,13 +135,13 @@ template <typename Pixel, bool fetches> class Pixels {
     const int64_t step = back ? columns.step : 1, met_step = back ? 1 : columns.step;
     const int64_t width = back ? columns.inputs : columns.outputs, met_width = back ? columns.outputs : columns.inputs;
     const int64_t met_height = back ? rows.outputs : rows.inputs;
-    auto met = columns.meetings(back, false);
+    auto found = runs(columns.meetings(back, false), step, met_step);
     int64_t front = 0, behind = 0;
     if (zeros) {
-      auto beside = columns.meetings(back, true);
-      if (loads(runs(beside, step, met_step)) < loads(runs(met, step, met_step))) {
-        met = std::move(beside);
-        for (const auto &meetings : met)
+      const auto beside = columns.meetings(back, true);
+      if (auto longer = runs(beside, step, met_step); loads(longer) < loads(found)) {
+        found = std::move(longer);
+        for (const auto &meetings : beside)
           for (const Meeting &meeting : meetings)
             front = std::max(front, -meeting.place), behind = std::max(behind, meeting.place + 1 - met_width);
       }
@@ -144,14 +150,13 @@ template <typename Pixel, bool fetches> class Pixels {
     std::vector<Met> met_rows;
     const auto meetings = rows.meetings(back, false);
     for (const auto &of : meetings) met_rows.emplace_back(of, z.kernel_columns * pitch, met_pitch * channels);
-    return {width, met_height, met_pitch, step, met_step, front, met_rows, runs(met, step, met_step),
+    return {width, met_height, met_pitch, step, met_step, front, met_rows, found,
             reached(meetings, met_height)};
   }
 
-  // Vectors that are loaded for a row of the kernel: a weight, and what it is multiplied with.
   static int64_t loads(const std::vector<Run> &runs) {
     int64_t found = 0;
-    for (const Run &run : runs) found += run.met.count * (1 + run.count);
+    for (const Run &run : runs) found += run.loads();
     return found;
   }
 
@@ -195,12 +200,15 @@ template <typename Pixel, bool fetches> class Pixels {
     return {first, count, met, has_chains, begin, end};
   }
 
-  // Of a run of a row: what it meets, how far its pixels, and those that they meet with one weight, are from each
-  // other, and what is to be fetched: the run of the next row, which may be the next sample's, and what that is the
-  // first one to meet, some rows of some columns.
+  // What a run of a row is computed of: how far its pixels, and those that they meet with one weight, are from each
+  // other; and what is to be fetched: the same run of the next row, which may be the next sample's, and what that is
+  // the first one to meet, so many rows and columns.
   struct Work {
     Met row, column;
-    int64_t step, met_step, channels, vectors, next, met, rows, row_step, columns;
+    int64_t channels, vectors, step, met_step;
+    struct {
+      int64_t run, met, rows, columns, row_step;
+    } next;
   };
 
   // Call with each run of some rows of a side, and where its first pixel lies in maps that are so wide.
@@ -208,20 +216,21 @@ template <typename Pixel, bool fetches> class Pixels {
   void for_runs(const Side &side, Rows rows, int64_t width, Function function) const {
     for (int64_t r = rows.first; r < rows.last; r++)
       for (const Run &run : side.runs) {
-        const int64_t reached = side.reached[r], met = (reached * side.met_width + run.begin) * channels;
-        const Work work = {side.rows[r], run.met, side.step * channels, side.met_step * channels, channels, vectors,
-                           width * channels, met, side.reached[r + 1] - reached, side.met_width * channels,
-                           run.end - run.begin};
-        const int64_t pixel = (r * width + run.first) * channels;
+        const int64_t pixel = (r * width + run.first) * channels, row_step = side.met_width * channels;
+        const int64_t met = side.reached[r] * row_step + run.begin * channels;
+        const int64_t rows = side.reached[r + 1] - side.reached[r];
+        const Work work = {side.rows[r], run.met, channels, vectors, side.step * channels, side.met_step * channels,
+                           {width * channels, met, rows, run.end - run.begin, row_step}};
         with_constant<TOGETHER>(run.count, [&](auto count) {
-          if (run.has_chains) return function(count, std::integral_constant<int, CHAIN>(), pixel, work);
+          if constexpr (count > 1)
+            if (run.has_chains) return function(count, std::integral_constant<int, CHAIN>(), pixel, work);
           function(count, std::integral_constant<int, 1>(), pixel, work);
         });
       }
   }
 
-  // For each kind of run a function of its own, with numbers of its own (what is stored might change others): so the
-  // compiler has registers for all.
+  // Each kind of run has a function of its own, so that the compiler has registers enough, with a copy of what it is to
+  // do: what is stored might change the original.
   template <int count, int chain, typename Each>
   __attribute__((noinline)) static void add_up_run(const Work &work, const Pixel *from, const Number *kernel,
                                                    Pixel *to, Each each) {
@@ -230,7 +239,10 @@ template <typename Pixel, bool fetches> class Pixels {
       Vector sum[count] = {};
       const auto add = [&](const Pixel *pixel, const Number *weight) __attribute__((always_inline)) {
         Vector met[count + chain - 1];
-        for (int i = 0; i < count + chain - 1; i++) met[i] = load(pixel + i * w.met_step), keep(met[i]);
+        for (int i = 0; i < count + chain - 1; i++) {
+          met[i] = load(pixel + i * w.met_step);
+          if (chain > 1) keep(met[i]);
+        }
         for (int c = 0; c < chain; c++) {
           const Vector of = load(weight + c * w.column.weight_step);
           for (int i = 0; i < count; i++) sum[i] += of * met[i + c];
@@ -285,11 +297,12 @@ template <typename Pixel, bool fetches> class Pixels {
   }
 
   template <int count> ALWAYS_INLINE static void fetch_run(const Work &work, const Pixel *from, const Pixel *of) {
-    for (int i = 0; i < count; i++) fetch(of, work.next + i * work.step);
-    for (int64_t r = 0; r < work.rows; r++)
-      for (int64_t c = 0; c < work.columns; c++)
+    const auto &next = work.next;
+    for (int i = 0; i < count; i++) fetch(of, next.run + i * work.step);
+    for (int64_t r = 0; r < next.rows; r++)
+      for (int64_t c = 0; c < next.columns; c++)
         for (int i = 0; i < count; i++)
-          fetch(from, work.met + r * work.row_step + c * work.channels + i * work.met_step);
+          fetch(from, next.met + r * next.row_step + c * work.channels + i * work.met_step);
   }
 };
 

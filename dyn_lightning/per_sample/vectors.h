@@ -101,13 +101,13 @@ inline void assign(float from, BFloat16 &to) {
 template <typename Pixel> struct Computed { using Number = Pixel; };
 template <> struct Computed<BFloat16> { using Number = float; };
 
-// What only fetches: the compiler takes a call that is left for one without an effect.
+// Also for what only fetches: the compiler takes a call that is left for one without an effect.
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
-// Have a vector that is multiplied several times loaded once: the compiler would rather load it each time, from as many
-// addresses.
+// Have a vector that is multiplied several times loaded once: the compiler would rather load it each time, and finds no
+// registers for the addresses.
 template <typename Vector> ALWAYS_INLINE void keep(Vector &vector) {
-#ifdef __x86_64__
+#ifdef __AVX512F__  // which has 32 registers
   asm("" : "+v"(vector));
 #endif
 }

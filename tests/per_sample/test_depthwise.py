@@ -54,6 +54,9 @@ SHAPES = [
     ((3, 3), (2, 1), (1, 1), (1, 1), (40, 37)),  # gradients of some lines at once, with a stride in one direction
     ((4, 5), (1, 3), (2, 1), (2, 1), (21, 64)),
     ((2, 2), (3, 3), (0, 0), (1, 1), (10, 13)),  # rows and columns after the last that a kernel sees
+    ((2, 9), (1, 1), (0, 4), (1, 1), (5, 30)),  # weights of several chains
+    ((3, 3), (2, 2), (2, 2), (2, 2), (9, 20)),  # of chains with a stride
+    ((6, 6), (2, 2), (2, 3), (1, 1), (12, 17)),
 ]
 GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 3)
 SMALL = {"padding": (1, 2), "groups": 4}  # of `draw`, whose gradient of 3x5 kernels is slow
@@ -536,6 +539,17 @@ def test_maps_are_not_taken_apart_into_pixels() -> None:
     assert not serves((1, 4096, 96, 96), (4096, 1, 96, 96), geometry, torch.float32)
     assert serves((1, 4096, 96, 96), (4096, 1, 96, 96), geometry, torch.bfloat16)
     assert serves((1, 4096, 64, 64), (4096, 1, 64, 64), geometry._replace(stride=(64, 64)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "stride", "expected"),
+    [(10, 44, 1, True), (10, 45, 1, False), (9, 15, 1, False), (9, 14, 1, True), (5, 80, 2, True), (5, 81, 2, False)],
+)
+def test_planes_that_are_computed_together(samples: int, size: int, stride: int, expected: bool) -> None:
+    """Of 16 channels a thread: maps that are near enough, and smaller ones where there are few planes."""
+    shape = (samples, 16 * torch.get_num_threads(), size, size)
+    geometry = Geometry((stride, stride), (1, 1), (1, 1), shape[1])
+    assert depthwise._is_together(shape, geometry, torch.float32) == expected
 
 
 class TestCompiling:

@@ -59,6 +59,9 @@ def test_one_weight_a_channel_is_multiplied_as_a_number(layout: torch.memory_for
     """In bfloat16 products of matrices of one number each take ten times as long."""
     shapes = (5, 4, 3, 2), (5, 3), (3, 4, 1, 1, 1)
     x, *tensors = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    assert matmul(x.to(memory_format=layout), *tensors, Geometry((1, 1), (0, 0), (1, 1), 4)).is_contiguous(
+        memory_format=layout
+    )
     leaves = tuple(tensor.requires_grad_() for tensor in (x.to(memory_format=layout), *tensors))
     with torch.autograd.profiler.profile() as profile:
         assert_equals_the_loop(leaves, "matmul", groups=4, **geometry)
