@@ -77,11 +77,11 @@ def _passes(shape: Shape, kind: str, options: Any) -> dict[str, Callable[[], Non
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     torch._dynamo.reset()  # sizes that were seen to change would be compiled as open ones
     passes = {
-        "plain": partial(both_passes, layer, x),
-        "again": partial(both_passes, copy.deepcopy(layer), x.detach().clone().requires_grad_()),
-        "channels_last": partial(both_passes, copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
-        "bfloat16": partial(both_passes, layer, half, torch.bfloat16),
-        "compiled": partial(both_passes, torch.compile(copy.deepcopy(layer), fullgraph=True), x),
+        "plain": Passes(layer, x),
+        "again": Passes(copy.deepcopy(layer), x.detach().clone().requires_grad_()),
+        "channels_last": Passes(copy.deepcopy(layer).to(memory_format=torch.channels_last), last),
+        "bfloat16": Passes(layer, half, torch.bfloat16),
+        "compiled": Passes(torch.compile(copy.deepcopy(layer), fullgraph=True), x),
     }
     for function in passes.values():
         function()
@@ -123,11 +123,27 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return median(time / other for time, other in zip(times, others, strict=True))
 
 
-def both_passes(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    """Run a layer forward and backward."""
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        y = layer(x)
-    torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+class Passes:
+    """Runs a layer forward and backward.
+
+    Args:
+        layer: of one input.
+        x: the input.
+        dtype: of autocast, if it is not float32.
+    """
+
+    def __init__(self, layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.layer, self.x, self.dtype = layer, x, dtype
+        self.grad = torch.ones_like(self.forward())  # once: the time to write it is not the layer's
+
+    def forward(self) -> Tensor:
+        """Run the layer forward."""
+        with torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.layer(self.x)
+
+    def __call__(self) -> None:
+        """Run both passes."""
+        torch.autograd.grad(self.forward(), [self.x, *self.layer.parameters()], self.grad)
 
 
 def _milliseconds(passes: Mapping[str, Callable[[], None]], device: torch.device, name: str) -> list[float]:
