@@ -18,6 +18,7 @@ constexpr int TOGETHER = 4;  // samples for which a block is mixed at once: what
 // Rows of some samples' blocks, and pixels of a row, that fit into the nearest cache; bytes of maps that fit into the
 // next one, and into the part of the last one that a thread can count on.
 constexpr int64_t NEAR_ROWS = 16, NEAR_PIXELS = 64, NEXT = 1 << 19, LAST = 1 << 22;
+constexpr int64_t AHEAD = 16;  // pixels
 
 template <typename Number> class Mixed {
   static constexpr int LANES = ::LANES<Number>, LINE = ::LINE<Number>;
@@ -169,6 +170,9 @@ template <typename Number> class Mixed {
     for (int64_t s = 0; copied && s < samples.length(); s++)
       take(map_of(grad + s * outputs * z.out_channels, z.out_channels, outputs).from(block.first), outputs,
            block.length(), work.copy.data() + s * outputs * block.length());
+    // Of each pixel some channels are read at a time, of which the cache does not see what comes next.
+    if (!z.planes && !is_row())
+      fetch_rows(input + depth.first, 0, samples.length() * inputs, z.in_channels, depth.length());
     const Number *positions = copied ? work.copy.data() : grad + block.first;
     const int64_t pitch = copied ? block.length() : z.out_channels;
     const int64_t size = depth.length() * block.length();
@@ -217,7 +221,11 @@ template <typename Number> class Mixed {
   // Copy some channels of a map to where they lie pixel by pixel.
   void take(Map map, int64_t pixels, int64_t width, Number *to) const {
     if (z.planes) return transpose<true, false>(map.begin, map.channel, width, pixels, to, width, 2 * LINE);
-    for (int64_t p = 0; p < pixels; p++) std::copy_n(map.begin + p * map.pixel, width, to + p * width);
+    for (int64_t p = 0; p < pixels; p++) {
+      const Number *from = map.begin + p * map.pixel;
+      fetch_row(from, AHEAD * map.pixel, width);
+      std::copy_n(from, width, to + p * width);
+    }
   }
 
   // Mix a block of the kernels of S samples.
