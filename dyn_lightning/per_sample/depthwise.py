@@ -29,7 +29,7 @@ MOST_TOGETHER_WITH_STRIDE = {torch.float32: 6400, torch.bfloat16: math.inf, torc
 LEAST_TOGETHER, LEAST_TOGETHER_WITH_STRIDE = 160, 80
 MOST_OF_FEW_TOGETHER = 200
 # Numbers of a padded plane, taken apart by the stride, for each position of the output, up to which it is worth while
-# to lay it out, in time and memory.
+# to lay it out, in time and memory; larger ones are computed together, or not at all.
 MOST_LAID_OUT = 64
 LEAST_CHANNELS = 16  # in channels_last: of the widest vector
 
@@ -58,18 +58,15 @@ def serves(
         dtype: of both.
         layout: of the input, "contiguous" or "channels_last".
     """
-    planes, depth, *size = kernels
+    planes, depth = kernels[:2]
     samples, channels = input[:2]
     if planes != samples * channels or channels != geometry.groups or depth > 1 or dtype not in DTYPES:
         return False
     if layout == "channels_last":
         return serves_channels_last(samples, channels)
-    outputs, laid_out = positions(input, kernels, geometry), 1
-    for length, step, distance, count in zip(size, geometry.stride, geometry.dilation, outputs, strict=True):
-        laid_out *= step * (count + distance * (length - 1) // step)
-    if laid_out > MOST_LAID_OUT * math.prod(outputs) and not _is_together(input, geometry, dtype):
-        return False
-    return is_compiled()
+    large = _is_laid_out_large(positions(input, kernels, geometry), kernels[2:], geometry)
+    # The choice of a method depends on this, so it is the same for any number of threads.
+    return (not large or _is_together(input, geometry, dtype, 1)) and is_compiled()
 
 
 _found = remembered(serves)  # on small maps each call in Python would be seen
@@ -97,8 +94,15 @@ def backward(
     return found[0], found[1]
 
 
-def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
-    planes, pixels = math.prod(input[:2]) / torch.get_num_threads(), math.prod(input[2:])
+def _is_laid_out_large(output: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> bool:
+    laid_out = 1
+    for count, length, step, distance in zip(output, kernel, geometry.stride, geometry.dilation, strict=True):
+        laid_out *= step * (count + distance * (length - 1) // step)
+    return laid_out > MOST_LAID_OUT * math.prod(output)
+
+
+def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype, threads: int) -> bool:
+    planes, pixels = math.prod(input[:2]) / threads, math.prod(input[2:])
     if planes < (LEAST_TOGETHER if geometry.stride == (1, 1) else LEAST_TOGETHER_WITH_STRIDE):
         return pixels <= MOST_OF_FEW_TOGETHER
     return pixels <= (MOST_TOGETHER if geometry.stride == (1, 1) else MOST_TOGETHER_WITH_STRIDE)[dtype]
@@ -107,8 +111,8 @@ def _is_together(input: Sequence[int], geometry: Geometry, dtype: torch.dtype) -
 def _call(name: str, geometry: Geometry, output: Tensor, input: Tensor, kernels: Tensor, *grads: Tensor | None) -> None:
     """Call a function of the library, which takes dense tensors, with an output or its gradient first."""
     last = not input.is_contiguous()
-    together = _is_together(input.shape, geometry, input.dtype)
-    sizes = _sizes(input.shape, output.shape[2:], kernels.shape[2:], geometry, torch.get_num_threads(), last, together)
+    shapes = input.shape, output.shape[2:], kernels.shape[2:]
+    sizes = _sizes(*shapes, geometry, input.dtype, torch.get_num_threads(), last)
     call(f"{name}_last" if last else name, sizes, output, input, kernels, *grads)
 
 
@@ -118,12 +122,13 @@ def _sizes(
     output: torch.Size,
     kernel: torch.Size,
     geometry: Geometry,
+    dtype: torch.dtype,
     threads: int,
     last: bool,
-    together: bool,
 ) -> Any:
     """Give the ``Sizes`` of the library."""
     samples, channels = input[:2]
+    together = _is_together(input, geometry, dtype, threads) or _is_laid_out_large(output, kernel, geometry)
     used = min(threads, samples if last else samples * channels)  # each takes some planes' memory
     sizes = (*input, *output, *kernel, *geometry.stride, *geometry.padding, *geometry.dilation, used, together)
     return (ctypes.c_int64 * len(sizes))(*sizes)

@@ -392,6 +392,8 @@ for ins, outs, kernel, stride, size, depthwise in geometries:
         groups = ins if depthwise else 1
         x, weight = torch.empty(batch, ins, size, size), torch.empty(4, outs, ins // groups, kernel, kernel)
         print(depthwise, choose_method(x, weight, stride, kernel // 2, 1, groups, training=training))
+x, weight = torch.empty(1, 200, 16, 16), torch.empty(4, 200, 1, 16, 16)
+print(1, choose_method(x, weight, groups=200, training=False))
 """
     changes = [
         {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
@@ -406,7 +408,7 @@ for ins, outs, kernel, stride, size, depthwise in geometries:
     ]
     one, other, without = (process.communicate()[0].splitlines() for process in started)
     assert one == other
-    assert len(one) == len(without) == 3**3 * 2 * 7 * 2 * 3
+    assert len(one) == len(without) == 3**3 * 2 * 7 * 2 * 3 + 1
     assert {line.split()[1] for line in one} == {"grouped", "matmul", "mixture", "chunked", "cpp"}
     different = [pair for pair in zip(one, without, strict=True) if pair[0] != pair[1]]
     assert {line.split()[0] for line, _ in different if not line.endswith("cpp")} == {"1"}

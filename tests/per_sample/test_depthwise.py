@@ -1,13 +1,8 @@
 """Depthwise convolutions in C++ against torch's, which they stand in for."""
 
-import errno
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyn_lightning.functional import dynamic_conv2d
 from dyn_lightning.layers import DynamicConv2d
-from dyn_lightning.per_sample import depthwise, native
+from dyn_lightning.per_sample import depthwise
 from dyn_lightning.per_sample.convolution import convolve, gradients
 from dyn_lightning.per_sample.depthwise import serves
 from dyn_lightning.per_sample.geometry import Geometry, Pair
@@ -68,7 +63,13 @@ def _planes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(depthwise, "MOST_OF_FEW_TOGETHER", 1 << 20 if request.param == "together" else 0)
     for name in ("LEAST_TOGETHER", "LEAST_TOGETHER_WITH_STRIDE"):
         monkeypatch.setattr(depthwise, name, 1 << 20)
-    monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
+    remember_nothing(monkeypatch)
+
+
+def remember_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decide anew what other tests decided."""
+    for name in ("_found", "_sizes"):
+        monkeypatch.setattr(depthwise, name, getattr(depthwise, name).__wrapped__)
 
 
 def draw(batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -549,91 +550,24 @@ def test_planes_that_are_computed_together(samples: int, size: int, stride: int,
     """Of 16 channels a thread: maps that are near enough, and smaller ones where there are few planes."""
     shape = (samples, 16 * torch.get_num_threads(), size, size)
     geometry = Geometry((stride, stride), (1, 1), (1, 1), shape[1])
-    assert depthwise._is_together(shape, geometry, torch.float32) == expected
+    assert depthwise._is_together(shape, geometry, torch.float32, torch.get_num_threads()) == expected
 
 
-class TestCompiling:
-    @pytest.fixture(autouse=True)
-    def _anew(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(depthwise, "_found", serves)  # nothing of other tests is remembered
-        native.library.cache_clear()
-        yield
-        native.library.cache_clear()
-
-    def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("CXX", "no-such-compiler")
-        tensors = draw()
-        with pytest.warns(UserWarning, match="there is no compiler 'no-such-compiler'; install g"):
-            y = dynamic_conv2d(*tensors, **SMALL)
-        assert_close(y, loop(*tensors, **SMALL))
-        assert calls("aten::convolution_backward", lambda: torch.autograd.grad(y.sum(), tensors)) == 1
-
-    def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setenv("CXX", f"{sys.executable} -c 'import sys; sys.exit(\"no such option\")'")
-        tensors = draw()
-        with pytest.warns(UserWarning, match=r"could not be compiled and loaded: no such option"):
-            y = dynamic_conv2d(*tensors, **SMALL)
-        assert_close(y, loop(*tensors, **SMALL))
-        assert not list((tmp_path / "dyn_lightning").iterdir())
-
-    @pytest.mark.slow  # compiles the library
-    def test_a_folder_without_links(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        def refuse(*_: object) -> None:
-            raise OSError(errno.EPERM, "Operation not permitted")
-
-        monkeypatch.setattr(os, "link", refuse)
-        assert native.is_compiled()
-        assert len([*(tmp_path / "dyn_lightning").iterdir()]) == 1
-
-    @pytest.mark.slow  # compiles the library
-    def test_by_several_processes_at_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-        compiler.write_text(f'#!/bin/sh\necho >> "{calls}"\nexec g++ "$@"\n')
-        compiler.chmod(0o700)
-        monkeypatch.setenv("CXX", str(compiler))
-        self._compile_in_another_process(3)
-        assert len(calls.read_text().splitlines()) == len(native.SOURCES) + 1  # and the linker's
-        (one,) = (tmp_path / "dyn_lightning").iterdir()
-        written = one.stat().st_mtime_ns
-        assert native.is_compiled()
-        assert one.stat().st_mtime_ns == written
-
-    @pytest.mark.parametrize(("variable", "value"), [("XDG_CACHE_HOME", os.devnull), ("CXX", '"')])
-    def test_what_cannot_be_used(self, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
-        monkeypatch.setenv(variable, value)
-        with pytest.warns(UserWarning, match="dynamic convolutions are slower"):
-            assert not native.is_compiled()
-
-    @pytest.mark.slow  # compiles the library
-    def test_a_library_that_does_not_load(self, tmp_path: Path) -> None:
-        self._compile_in_another_process()
-        (one,) = (tmp_path / "dyn_lightning").iterdir()
-        one.write_bytes(b"nothing")
-        assert native.is_compiled()
-        assert one.stat().st_size > 10_000
-
-    @pytest.mark.slow  # compiles the library
-    def test_backward_where_there_is_no_library_anymore(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        x, _, weight, _ = draw(1)
-        geometry = Geometry((1, 1), (1, 2), (1, 1), 4)
-        y = convolve(x, weight[0], geometry)
-        assert is_compiled(y)
-        monkeypatch.setenv("CXX", "no-such-compiler")
-        native.library.cache_clear()
-        with pytest.warns(UserWarning, match="no compiler"):
-            found = torch.autograd.grad(y.square().sum(), (x, weight))
-        expected = F.conv2d(x, weight[0], None, *geometry)
-        assert_close(found, torch.autograd.grad(expected.square().sum(), (x, weight)))
-
-    def _compile_in_another_process(self, processes: int = 1) -> None:
-        command = [sys.executable, "-c", "from dyn_lightning.per_sample.native import library; assert library()"]
-        started = [subprocess.Popen(command) for _ in range(processes)]
-        assert {process.wait() for process in started} == {0}
-
-    def test_on_other_systems(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "platform", "darwin")
-        assert not native.is_compiled()
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_what_it_serves_does_not_depend_on_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since the choice of a method does not: kernels as large as maps are computed together by any number of them."""
+    remember_nothing(monkeypatch)
+    torch.manual_seed(0)
+    x, kernels = torch.randn(1, 200, 16, 16), torch.randn(200, 1, 16, 16)
+    geometry, before = Geometry((1, 1), (0, 0), (1, 1), 200), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert serves(x.shape, kernels.shape, geometry, torch.float32)
+        assert_close(convolve(x, kernels, geometry), (x * kernels[:, 0]).sum((2, 3), keepdim=True))
+        *_, used, together = depthwise._sizes(x.shape, (1, 1), (16, 16), geometry, torch.float32, threads, False)
+        assert (used, together) == (threads, True)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check

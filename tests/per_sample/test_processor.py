@@ -33,3 +33,26 @@ def test_whether_it_is_intel_s(
     monkeypatch.setattr(platform, "processor", lambda: name)
     monkeypatch.setattr(processor, "_vendor", VENDOR)
     assert processor.is_intel() == intel
+
+
+@pytest.mark.parametrize(
+    ("system", "lines", "name"),
+    [
+        (
+            "linux",
+            ["processor: 0", AMD, "cpu family: 25", "model\t: 17", "model name\t: AMD EPYC", "", "processor: 1"],
+            "AMD EPYC (AuthenticAMD, family 25, model 17)",
+        ),
+        ("linux", ["CPU implementer\t: 0x41"], "said by Python"),
+        ("darwin", None, "said by Python"),
+    ],
+)
+def test_processor_name(
+    system: str, lines: list[str] | None, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if lines is not None:
+        (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "processor", lambda: "said by Python")
+    assert processor.processor_name() == name

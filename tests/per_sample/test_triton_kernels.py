@@ -120,3 +120,5 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"method='triton' needs a CUDA device and the package triton, not cpu: take \['grouped', .*, 'cpp'\]"
     with pytest.raises(ValueError, match=message):
         dynamic_conv2d(*draw(), method="triton")
+    with pytest.raises(ValueError, match=r"not meta: take \['grouped', 'matmul', 'mixture', 'chunked'\]"):
+        dynamic_conv2d(*(tensor.to("meta") for tensor in draw()), method="triton")

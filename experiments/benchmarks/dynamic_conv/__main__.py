@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dyn_lightning.allocator import is_freed_memory_kept
-from dyn_lightning.per_sample.processor import is_intel
+from dyn_lightning.per_sample.processor import is_intel, processor_name
 from dyn_lightning.record import git_state
 from experiments.benchmarks.dynamic_conv.growth import growth
 from experiments.benchmarks.dynamic_conv.layers import JOBS as LAYER_JOBS
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     state = git_state() or {"commit": "", "diff": ""}
     code = {"commit": state["commit"], "changed": bool(state["diff"])}
     measured = {"benchmark": "dynamic_conv", **settings, **versions(options.device), **code}
-    measured |= {"keeps_freed_memory": is_freed_memory_kept(), "intel": is_intel(), "results": {}}
+    measured |= {"processor": processor_name(), "intel": is_intel(), "keeps_freed_memory": is_freed_memory_kept()}
+    measured["results"] = {}
     for part in options.parts or PARTS:
         measured["results"][part] = PARTS[part](options)
         if options.out:

@@ -78,7 +78,7 @@ def names(options: Any) -> list[str]:
 
 
 def head(columns: list[str]) -> str:
-    """Print the heads of a table's columns."""
+    """Give the heads of a table's columns."""
     return "".join(f"{name:>9}" for name in columns)
 
 
