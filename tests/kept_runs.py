@@ -6,15 +6,13 @@ from typing import Any
 from tests.command_line import ROOT
 
 RESULTS = ROOT / "experiments/benchmarks/results"
-# Of whole networks with memory kept. Those with depthwise convolutions were measured anew, on Intel's at 224 px: what a
-# later file has counts. On the other processor MobileNetV2 x0.5, with more rounds, and ResNet-50, of a day before, have
-# files of their own.
+# Of whole networks with memory kept. On Intel's those with depthwise convolutions were measured anew at 224 px: what a
+# later file has counts.
 NETWORKS = {
     "other": [
-        *("networks_224_forward", "networks_224", "networks_x05_224"),
-        *("networks_resnet50_224_forward", "networks_resnet50_224", "networks_32", "networks_one"),
-        *("networks_x05_224_depthwise", "networks_224_depthwise"),
-        *("networks_224_forward_depthwise", "networks_one_depthwise"),
+        *("networks_x05_224", "networks_224_depthwise", "networks_resnet18_224", "networks_resnet50_224"),
+        *("networks_224_forward_depthwise", "networks_224_forward_resnets"),
+        *("networks_one_depthwise", "networks_one_resnets", "networks_32"),
     ],
     "intel": [
         *("networks_224_forward", "networks_224", "networks_32", "networks_one"),

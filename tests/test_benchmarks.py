@@ -329,6 +329,21 @@ def test_the_table_of_single_layers_is_of_the_kept_runs(
 
 
 @pytest.mark.parametrize("processor", ["intel", "other"])
+def test_the_table_of_growth_is_of_the_kept_run(processor: str) -> None:
+    log = (ROOT / "experiments/LOG.md").read_text()
+    results = json.loads((RESULTS / processor / "growth.json").read_text())["results"]["growth"]
+    assert [row["batch"] for row in results] == [*growth.BATCHES]
+    for row in results:
+        static, *times = row["milliseconds"].values()
+        ratios = " | ".join(f"{time / static:.2f}" for time in times)
+        assert f"| {row['batch']} | {static:.1f} | {ratios} |" in log
+    line, errors, *_ = explained(results).splitlines()
+    assert line.rsplit(" + ", 1)[0] in " ".join(log.split())  # an image's time is in milliseconds there
+    median, most = re.findall(r"(\d+)%", errors)
+    assert f"(median {median} %, most {most} %)" in log
+
+
+@pytest.mark.parametrize("processor", ["intel", "other"])
 def test_the_table_of_modes_is_of_the_kept_run(processor: str) -> None:
     log = (ROOT / "experiments/LOG.md").read_text()
     rows = json.loads((RESULTS / processor / "modes.json").read_text())["results"]["modes"]
