@@ -10,6 +10,15 @@ VENDOR = processor._vendor.__wrapped__  # which remembers nothing
 INTEL, AMD = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
 
 
+def pretend(system: str, lines: list[str] | None, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a system say of its processor these lines of cpuinfo, if it has any, and to Python this name."""
+    if lines is not None:
+        (folder / "cpuinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(processor, "CPUINFO", folder / "cpuinfo")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "processor", lambda: name)
+
+
 @pytest.mark.parametrize(
     ("system", "lines", "name", "intel"),
     [
@@ -26,11 +35,7 @@ INTEL, AMD = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
 def test_whether_it_is_intel_s(
     system: str, lines: list[str] | None, name: str, intel: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if lines is not None:
-        (tmp_path / "cpuinfo").write_text("\n".join(lines))
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(platform, "processor", lambda: name)
+    pretend(system, lines, name, monkeypatch, tmp_path)
     monkeypatch.setattr(processor, "_vendor", VENDOR)
     assert processor.is_intel() == intel
 
@@ -50,9 +55,5 @@ def test_whether_it_is_intel_s(
 def test_processor_name(
     system: str, lines: list[str] | None, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if lines is not None:
-        (tmp_path / "cpuinfo").write_text("\n".join(lines))
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(platform, "processor", lambda: "said by Python")
+    pretend(system, lines, "said by Python", monkeypatch, tmp_path)
     assert processor.processor_name() == name
